@@ -1,0 +1,95 @@
+"""The kind of method that changes the outputs of attention heads in the decoder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sightline.errors import InputError
+from sightline.methods import Method
+from sightline.models.boundary import Stream
+
+if TYPE_CHECKING:
+    from sightline.models.anatomy import Anatomy
+    from sightline.models.boundary import Boundary, Call
+
+
+@dataclass(frozen=True)
+class AttentionSteering(Method):
+    """Multiplies each head's output, before the output projection, by a factor chosen while the prompt is read; the paper's file
+    writes `layers_of` and `head_factors`.
+
+    The prompt is read twice in one forward, with the picture and without it, layer by layer: what a head gives in both is what its
+    factor is chosen by, and both are scaled before the layer goes on. From then on the factors are fixed for the row, and
+    a step costs one multiplication.
+    """
+
+    changes: ClassVar[frozenset[str]] = frozenset({"the attention heads' outputs"})
+
+    @abstractmethod
+    def layers_of(self, depth: int) -> Sequence[int]:
+        """The layers that are steered, of a decoder of `depth` layers (0-based)."""
+
+    @abstractmethod
+    def head_factors(self, full: Tensor, text: Tensor) -> Tensor:
+        """Factors for one layer.
+
+        Args:
+            full: head outputs at the prompt's last position, [B, heads, head_dim].
+            text: the same without the picture.
+
+        Returns:
+            [B, heads].
+        """
+
+    def stream(self) -> Stream:
+        """The rows without a picture."""
+        return Stream(self, without_picture=True, transient=True)
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        depth = len(anatomy.layers)
+        for layer in self.layers_of(depth):
+            if not 0 <= layer < depth:
+                raise InputError(f"{self.paper} is asked to steer layer {layer}, but the decoder has layers 0 to {depth - 1}")
+
+    def install(self, boundary: Boundary) -> None:
+        for index in self.layers_of(len(boundary.anatomy.layers)):
+            projection = boundary.anatomy.attention_heads_input(boundary.anatomy.layers[index])
+            boundary.before(projection, self._scale(index, boundary.anatomy.num_heads))
+
+    def streams(self, call: Call) -> Sequence[Stream]:
+        return () if self in call.memory else (self.stream(),)
+
+    def _scale(self, layer: int, num_heads: int):  # type: ignore[no-untyped-def]
+        def scale(call: Call, x: Tensor) -> Tensor:
+            heads = x.unflatten(-1, (num_heads, -1))  # [R, T, heads, head_dim]
+            main, rows = slice(0, call.rows), call.stream_rows(self)
+            factors: dict[int, Tensor] = call.memory.setdefault(self, {})
+            if rows is not None and layer not in factors:
+                chosen = self.head_factors(heads[main, -1], heads[rows, -1])
+                factors[layer] = chosen[:, None, :, None].to(x.dtype)
+            if len(x) == call.rows:
+                return (heads * factors[layer]).flatten(-2)
+            scaled = heads.clone()
+            scaled[main] *= factors[layer]
+            if rows is not None:
+                scaled[rows] *= factors[layer]
+            return scaled.flatten(-2)
+
+        return scale
+
+
+def last_layers(depth: int, share: float) -> range:
+    """The last `share` of `depth` layers, at least one."""
+    return range(depth - max(1, round(share * depth)), depth)
+
+
+def median(values: Tensor) -> Tensor:
+    """The lower median over the last dimension, kept as a dimension of size one."""
+    return torch.median(values, dim=-1, keepdim=True).values

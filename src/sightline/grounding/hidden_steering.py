@@ -1,0 +1,67 @@
+"""The kind of method that pushes the decoder's hidden states in a direction found for each prompt."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from sightline.methods import Method
+
+if TYPE_CHECKING:
+    from sightline.models.boundary import Boundary, Call
+
+
+@dataclass(frozen=True)
+class HiddenSteering(Method):
+    """Steers a part of every decoder layer; the paper's file writes `direction` and `steer`.
+
+    The directions come from one extra reading of the prompt by the unchanged model, with the picture and without. Only the main rows are
+    steered, not those of another method's branch.
+    """
+
+    @abstractmethod
+    def direction(self, full: Tensor, text: Tensor) -> Tensor:
+        """The direction of every layer, [B, layers, D], from the layers' outputs at the prompt's last position with the picture
+        (`full`) and without it (`text`), both [B, layers, D]."""
+
+    @abstractmethod
+    def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of one layer, steered in the directions [B, 1, D]."""
+
+    def steers_prompt(self) -> bool:
+        """Whether the prompt's own positions are steered too, or only those that are generated."""
+        return True
+
+    def steered_module(self, boundary: Boundary, layer: int) -> nn.Module:
+        """The module whose output is steered: the layer's feed-forward part."""
+        return boundary.anatomy.mlp(boundary.anatomy.layers[layer])
+
+    def install(self, boundary: Boundary) -> None:
+        for layer in range(len(boundary.anatomy.layers)):
+            boundary.after(self.steered_module(boundary, layer), self._push(layer))
+
+    def before_prompt(self, call: Call) -> None:
+        if self not in call.memory:
+            call.memory[self] = self.direction(*call.boundary.layer_outputs(call))
+
+    def _push(self, layer: int) -> Callable[[Call, Tensor], Tensor | None]:
+        def push(call: Call, hidden: Tensor) -> Tensor | None:
+            first = 0
+            if call.reading_prompt and not self.steers_prompt():
+                # Without a cache what was generated is read again together with the prompt.
+                first = hidden.shape[1] - (call.input_ids.shape[1] - call.prompt_length)
+            if first == hidden.shape[1]:
+                return None
+            main = hidden[: call.rows, first:]
+            steered = self.steer(main, call.memory[self][:, layer, None].to(hidden.dtype))
+            if main.shape == hidden.shape:
+                return steered
+            changed = hidden.clone()
+            changed[: call.rows, first:] = steered
+            return changed
+
+        return push

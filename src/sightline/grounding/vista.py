@@ -1,0 +1,133 @@
+"""VISTA: visual information steering (Li et al., ICML 2025, arXiv:2502.03628).
+
+Two parts, both without training. In: the prompt, with the picture and without. Out: next-token logits.
+
+*Visual steering vector.* v^l = h^l(picture, text) - h^l(text), the difference of layer l's output at the prompt's last position, measured on
+the unsteered model. It tilts the output m of every layer's feed-forward part, at every position, in direction only:
+
+    kappa = 1 + max(0, cos(m, -v))
+    m := ||m|| * unit( unit(m) + strength * kappa * unit(v) )                                  (scale="unit", site="mlp": the official code)
+    h := ||h|| * unit( h + strength * v )                                                       (scale="raw", site="residual": the paper)
+
+*Self-logits augmentation.* The head reads a window W of late layers too: o := (1 - gamma) o + gamma * mean over W of head(h^l). The official code
+reads the layers' outputs without the final norm (`lens_norm=False`).
+
+The numbers of the paper come from the code, so its form is the default. Left out: the code passes the one difference through a principal
+component analysis, which only adds 1 to the very first coordinate of the first layer. The code's window 25..30 of 32 layers
+becomes, for other depths, the `window` layers before the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sightline.errors import InputError, unknown
+from sightline.grounding.hidden_steering import HiddenSteering
+from sightline.methods import in_range, register
+
+if TYPE_CHECKING:
+    from sightline.models.anatomy import Anatomy
+    from sightline.models.boundary import Boundary, Call
+
+
+@register
+@dataclass(frozen=True)
+class Vista(HiddenSteering):
+    """Steers the decoder towards what the picture added, and lets late layers vote on the next token.
+
+    Args:
+        strength: lambda of the paper, in [0, 10]; 0 with gamma = 0 is the stock model. The paper uses 0.17 for captions by LLaVA-1.5, 0.01 for
+            yes/no questions.
+        gamma: weight of the late layers' logits, in [0, 1].
+        window: how many layers before the last are read.
+        site: `mlp` steers the output of the feed-forward part, `residual` the layer's output.
+        scale: `unit` adds unit vectors, `raw` the measured difference.
+        apply_to: `all` positions, or the `new` ones only.
+        lens_norm: apply the final norm to the late layers before the head.
+    """
+
+    paper: ClassVar[str] = "vista"
+
+    strength: float = 0.17
+    gamma: float = 0.3
+    window: int = 5
+    site: Literal["mlp", "residual"] = "mlp"
+    scale: Literal["unit", "raw"] = "unit"
+    apply_to: Literal["all", "new"] = "all"
+    lens_norm: bool = False
+
+    def __post_init__(self) -> None:
+        in_range(self, "strength", 0, 10)
+        in_range(self, "gamma", 0, 1)
+        in_range(self, "window", 1, 1000)
+        for name, allowed in (("site", ("mlp", "residual")), ("scale", ("unit", "raw")), ("apply_to", ("all", "new"))):
+            if getattr(self, name) not in allowed:
+                raise unknown(f"{name} of {self.paper}", str(getattr(self, name)), allowed)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.strength == 0 and self.gamma == 0
+
+    def identity(self) -> Self:
+        return replace(self, strength=0.0, gamma=0.0)
+
+    def window_of(self, depth: int) -> range:
+        """The layers whose outputs the head reads (0-based): those before the last, as many as there are."""
+        return range(max(0, depth - 1 - self.window), depth - 1)
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if self.gamma > 0 and len(anatomy.layers) < 2:
+            raise InputError("vista's logit augmentation needs a decoder of two layers or more; set gamma=0")
+
+    def install(self, boundary: Boundary) -> None:
+        if self.strength > 0:
+            super().install(boundary)
+        if self.gamma > 0:
+            for layer in self.window_of(len(boundary.anatomy.layers)):
+                boundary.after(boundary.anatomy.layers[layer], self._read(layer))
+
+    def before_prompt(self, call: Call) -> None:
+        if self.strength > 0:
+            super().before_prompt(call)
+
+    def steered_module(self, boundary: Boundary, layer: int) -> nn.Module:
+        return super().steered_module(boundary, layer) if self.site == "mlp" else boundary.anatomy.layers[layer]
+
+    def steers_prompt(self) -> bool:
+        return self.apply_to == "all"
+
+    def direction(self, full: Tensor, text: Tensor) -> Tensor:
+        return full - text
+
+    def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
+        wide, v = hidden.float(), direction.float()
+        length = wide.norm(dim=-1, keepdim=True)
+        if self.scale == "unit":
+            kappa = 1 + F.cosine_similarity(wide, -v, dim=-1).clamp(min=0)[..., None]
+            tilted = F.normalize(wide, dim=-1) + self.strength * kappa * F.normalize(v, dim=-1)
+        else:
+            tilted = wide + self.strength * v
+        return (F.normalize(tilted, dim=-1) * length).to(hidden.dtype)
+
+    def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
+        def read(call: Call, hidden: Tensor) -> None:
+            call.memory.setdefault((self, "late layers"), {})[layer] = hidden[: call.rows, -1]
+
+        return read
+
+    def logits(self, call: Call, logits: Tensor) -> Tensor:
+        if self.gamma == 0:
+            return logits
+        anatomy = call.boundary.anatomy
+        late = torch.stack(list(call.memory[self, "late layers"].values()))  # [window, B, D]
+        if self.lens_norm:
+            late = anatomy.final_norm(late)
+        augmented = anatomy.head_logits(late).to(logits.dtype).mean(dim=0)
+        return (1 - self.gamma) * logits + self.gamma * augmented

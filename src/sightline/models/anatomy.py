@@ -1,0 +1,368 @@
+"""Where the parts of a stock vision-language model are, and which of its inputs are visual.
+
+`Anatomy.of(model)` gives a small object that answers, for every supported family alike: which module is the vision
+tower, the connector, the decoder; which positions of a prompt are visual, to which image they belong and on which grid
+they lie; how the [CLS] token of the tower attends to its patches; how a picture is taken out of the model's inputs and
+put back. The families themselves are in `families.py`, one small class each; no model class is named there or here.
+
+Words: a *picture* is one square that the tower encodes, an *image* is what the user gave. Families that cut an image
+into tiles (LlavaNext, LlavaOnevision, InternVL, Idefics3, SmolVLM) encode several pictures for one image. Images are
+numbered through the batch, row after row, in the order of their tokens in the prompt.
+
+What a forward receives. `model(**inputs)` gives `model.forward` and `base.forward` what the processor made: input_ids
+and pixel_values, with image_sizes (LlavaNext, LlavaOnevision), image_grid_thw (Qwen) or pixel_attention_mask (Idefics3,
+SmolVLM). `model.generate(**inputs)` (transformers 5.23, `generation/utils.py`) first calls `base.get_image_features`,
+takes *all arguments that this function names* out of the inputs, and then calls the forward at prefill, or at every
+step when there is no cache, with `mm_encoder_outputs={"image": encoded}` in their place. `encoded.pooler_output` is
+
+- a list with one tensor [tokens, width] an image: Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL;
+- a list with one tensor a row: Idefics3, SmolVLM;
+- a tensor [pictures, tokens, width]: InternVL, PaliGemma, Gemma3.
+
+Under beam search rows (and with them these features) are repeated before prefill, but the tower has run before that.
+The methods below that take `inputs` take either form, unless they say what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from sightline.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = Mapping[str, Any]
+PictureFn = Callable[[Tensor, int], Tensor]
+Triple = tuple[float, float, float]
+
+# Normalisation of the tower's pixels by the `model_type` of the vision config: mean and standard deviation of R, G, B.
+NORMALISATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "pixtral": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen2_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen2_5_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+STANDARD = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)  # one half each: SigLIP and what is made after it
+
+
+class ClsAttention:
+    """The attention that the tower's [CLS] token pays to the patches, in the layer whose output the connector reads.
+
+    `module` is that layer's self-attention: hook it with `register_forward_pre_hook(hook, with_kwargs=True)` and give
+    the hook's arguments to `read`. The row is recomputed from the module's input for the one query that is needed,
+    which costs O(patches) a head and works whatever attention implementation the tower runs with.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """`row` of the hidden states among the arguments that a forward pre-hook of `module` gets."""
+        return self.row(args[0] if args else kwargs["hidden_states"])
+
+    @torch.no_grad()
+    def row(self, hidden_states: Tensor) -> Tensor:
+        """[pictures, 1 + patches, width] (the module's input) -> float32 [pictures, patches], [CLS] itself left out.
+
+        softmax(q_cls K^T * scale) over all 1 + patches keys, averaged over heads. A row's sum is 1 minus the weight
+        that [CLS] gives itself.
+        """
+        module: Any = self.module
+        heads, width = int(module.num_heads), int(module.head_dim)
+        query = module.q_proj(hidden_states[:, :1])
+        key = module.k_proj(hidden_states)
+        if hasattr(module, "q_norm"):  # InternVL normalises over all heads together
+            query, key = module.q_norm(query), module.k_norm(key)
+        query = query.unflatten(-1, (heads, width)).transpose(1, 2)
+        key = key.unflatten(-1, (heads, width)).transpose(1, 2)
+        logits = query @ key.transpose(-1, -2) * module.scale
+        weights: Tensor = logits.float().softmax(dim=-1).mean(dim=1)
+        return weights[:, 0, 1:]
+
+
+class Anatomy:
+    """The parts of one model. Made by `Anatomy.of(model)`; the subclasses in `families.py` say what differs.
+
+    This base class is right for a model made of `vision_tower`, `multi_modal_projector` and `language_model` whose
+    images are one picture of a fixed size each (PaliGemma, and in most things Llava).
+    """
+
+    mrope: ClassVar[bool] = False
+    """Positions have several axes (time, height, width), as in the Qwen-VL families."""
+
+    tower_name: ClassVar[str] = "vision_tower"
+    connector_name: ClassVar[str] = "multi_modal_projector"
+    language_name: ClassVar[str] = "language_model"
+
+    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
+        self.model = model
+        self.family: str = model.config.model_type
+        self.config: Any = model.config
+        self.text_config: Any = model.config.get_text_config()
+        self.vision_config: Any = self.config.vision_config
+        mean, std = NORMALISATION.get(self.vision_config.model_type, STANDARD)
+        image_processor = getattr(processor, "image_processor", processor)
+        if image_processor is not None and not getattr(image_processor, "do_normalize", True):
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        elif image_processor is not None:
+            mean, std = image_processor.image_mean, image_processor.image_std
+        self.pixel_mean: Triple = _triple(mean)
+        self.pixel_std: Triple = _triple(std)
+
+    @staticmethod
+    def of(model: PreTrainedModel, processor: Any = None) -> Anatomy:
+        """The anatomy of `model` (of the model inside, if it is wrapped by peft). A processor, if given, overrides the
+        family's default pixel mean and deviation.
+
+        Raises `InputError` for a model of an unknown family.
+        """
+        from sightline.models import families  # noqa: F401  (registers them; imported late because it needs this module)
+
+        unwrap: Any = getattr(model, "get_base_model", None)
+        model = model if unwrap is None else unwrap()
+        family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+        if family not in _FAMILIES:
+            raise InputError(
+                f"{unknown('model family', family, _FAMILIES)}. To add one, write a class like those in "
+                "sightline/models/families.py and decorate it with @register_family(<model_type of its config>)."
+            )
+        return _FAMILIES[family](model, processor)
+
+    # --- Parts ---
+
+    @property
+    def base(self) -> Any:
+        """The inner model that merges image features into the embeddings and calls `language_model`."""
+        return self.model.model
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        tower: nn.Module = self.base.get_submodule(self.tower_name)
+        return tower
+
+    @property
+    def connector(self) -> nn.Module | None:
+        """What maps the tower's features into the decoder's space; None where it cannot be told from the tower."""
+        connector: nn.Module = self.base.get_submodule(self.connector_name)
+        return connector
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder without its head, called by `base` with `inputs_embeds=...`."""
+        return self.base.get_submodule(self.language_name)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        layers: nn.ModuleList = self.language_model.layers
+        return layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        norm: nn.Module = self.language_model.norm
+        return norm
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head. Prefer `head_logits`, which adds what the family does to the logits afterwards."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm [..., width] -> the model's logits [..., vocabulary]."""
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of a decoder layer."""
+        return int(self.text_config.num_attention_heads)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return int(self.text_config.num_key_value_heads)
+
+    @property
+    def head_dim(self) -> int:
+        attention: Any = self.layers[0].get_submodule("self_attn")
+        return int(attention.head_dim)
+
+    def attention_heads_input(self, layer: nn.Module) -> nn.Linear:
+        """The output projection of a decoder layer's attention. Its input [B, T, heads * head_dim] holds the outputs of
+        the heads side by side, in the order of the query heads."""
+        projection: nn.Linear = layer.get_submodule("self_attn.o_proj")  # type: ignore[assignment]
+        return projection
+
+    def mlp(self, layer: nn.Module) -> nn.Module:
+        """The feed-forward part of a decoder layer."""
+        return layer.get_submodule("mlp")
+
+    # --- Visual positions ---
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder token: a prompt holds one for every visual token."""
+        return int(self.config.image_token_id)
+
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """[B, S] -> bool [B, S]: where the visual tokens are."""
+        return input_ids == self.image_token_id
+
+    def tokens_per_image(self, inputs: Inputs) -> list[int]:
+        """Number of visual tokens of each image of the batch; the sum is that of `visual_positions(input_ids)`.
+
+        Raises `InputError` when prompt and pictures do not fit together.
+        """
+        counts = self._image_lengths(inputs)
+        total = int(self.visual_positions(_ids(inputs)).sum())
+        if sum(counts) != total:
+            raise InputError(
+                f"the images need {sum(counts)} visual tokens but the prompt has {total} placeholders (token "
+                f"{self.image_token_id}); use the processor that belongs to the model"
+            )
+        return counts
+
+    def image_indices(self, inputs: Inputs) -> list[int]:
+        """For each image of the batch, the row that it belongs to. Raises `InputError` when an image spans two rows."""
+        counts = self.tokens_per_image(inputs)
+        rows = self.visual_positions(_ids(inputs)).nonzero()[:, 0].tolist()
+        owners = []
+        start = 0
+        for count in counts:
+            if rows[start] != rows[start + count - 1]:
+                raise InputError("the placeholders of an image are spread over two rows; use the model's own processor")
+            owners.append(rows[start])
+            start += count
+        return owners
+
+    def grids(self, inputs: Inputs) -> list[tuple[int, int] | None]:
+        """(rows, columns) of each image's visual tokens as a raster, read row by row. None for an image whose tokens
+        are no single raster (it was cut into tiles, or has newline tokens)."""
+        side = int(self._picture_tokens() ** 0.5)
+        whole = self._picture_tokens()
+        return [(side, side) if count == whole else None for count in self.tokens_per_image(inputs)]
+
+    def _picture_tokens(self) -> int:
+        """Visual tokens of one picture, where all have the same size."""
+        return int(self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    def _image_lengths(self, inputs: Inputs) -> list[int]:
+        whole = self._picture_tokens()
+        return [whole] * (int(self.visual_positions(_ids(inputs)).sum()) // whole)
+
+    # --- [CLS] attention ---
+
+    @property
+    def cls(self) -> ClsAttention | None:
+        """The attention of the tower's [CLS] token; None when the tower has none."""
+        return None
+
+    def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
+        """`ClsAttention.row` of the whole batch [pictures, patches] -> for each image, one score for each of its visual
+        tokens, in the order of the tokens in the prompt. A token that is no patch (newline) scores -inf.
+
+        Raises `InputError` for a family whose tower has no [CLS] token.
+        """
+        raise InputError(
+            f"the vision tower of {self.family} has no [CLS] token that its visual tokens could be scored by"
+        )
+
+    # --- Pixels ---
+
+    def map_pictures(self, inputs: Inputs, fn: PictureFn) -> dict[str, Any]:
+        """A copy of `inputs` whose pictures have been changed by `fn(picture, index)`.
+
+        `picture` is float32 [3, H, W] in [0, 1], `index` says which image of the batch it is or is a tile of; `fn`
+        gives back a picture of the same shape. The result is clamped to [0, 1] and cast back. The tensors of `inputs`
+        are not touched. Raises `InputError` when there are no pixel_values.
+        """
+        if inputs.get("pixel_values") is None:
+            raise InputError("there are no pixel_values to change: give the inputs that the processor made")
+        return {**inputs, "pixel_values": self._mapped(inputs, fn)}
+
+    def _mapped(self, inputs: Inputs, fn: PictureFn) -> Tensor:
+        """`pixel_values` [pictures, 3, H, W] with every picture changed."""
+        pixels: Tensor = inputs["pixel_values"]
+        owners = self._picture_owners(inputs)
+        if len(owners) != len(pixels):
+            raise InputError(f"there are {len(pixels)} pictures but the prompt has placeholders for {len(owners)}")
+        return torch.stack([self._changed(pixels[place], fn, owner) for place, owner in enumerate(owners)])
+
+    def _picture_owners(self, inputs: Inputs) -> list[int]:
+        """For each picture that the tower encodes, the image that it belongs to."""
+        return list(range(len(self.tokens_per_image(inputs))))
+
+    def _changed(self, normalised: Tensor, fn: PictureFn, index: int) -> Tensor:
+        mean = torch.tensor(self.pixel_mean, device=normalised.device)[:, None, None]
+        std = torch.tensor(self.pixel_std, device=normalised.device)[:, None, None]
+        picture = normalised.float() * std + mean
+        changed = fn(picture, index)
+        if changed.shape != picture.shape:
+            raise InputError(f"a picture of shape {tuple(picture.shape)} was changed into {tuple(changed.shape)}")
+        return ((changed.float().clamp(0, 1) - mean) / std).to(normalised.dtype)
+
+
+_FAMILIES: dict[str, type[Anatomy]] = {}
+_Class = TypeVar("_Class", bound=type[Anatomy])
+
+
+def register_family(*model_types: str) -> Callable[[_Class], _Class]:
+    """Class decorator: the anatomy of models whose `config.model_type` is one of `model_types`."""
+
+    def register(anatomy: _Class) -> _Class:
+        for model_type in model_types:
+            _FAMILIES[model_type] = anatomy
+        return anatomy
+
+    return register
+
+
+def known_families() -> tuple[str, ...]:
+    """The `model_type` of every supported family, sorted."""
+    from sightline.models import families  # noqa: F401  (registers them)
+
+    return tuple(sorted(_FAMILIES))
+
+
+def runs(mask: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(row, start, length) of every unbroken run of True in bool [B, S], row after row.
+
+    >>> list(runs(torch.tensor([[False, True, True], [True, False, True]])))
+    [(0, 1, 2), (1, 0, 1), (1, 2, 1)]
+    """
+    edges = nn.functional.pad(mask.long(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    for (row, start), (_, end) in zip(starts, ends, strict=True):
+        yield row, start, end - start
+
+
+def encoded_lengths(inputs: Inputs) -> list[int] | None:
+    """Lengths of the features that `generate` has already computed, one for each entry of its list, or None."""
+    image = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return None if image is None else [len(features) for features in image.pooler_output]
+
+
+def _ids(inputs: Inputs) -> Tensor:
+    ids: Tensor | None = inputs.get("input_ids")
+    if ids is None:
+        raise InputError("input_ids are needed to find the visual tokens; inputs_embeds alone do not show them")
+    return ids
+
+
+def _triple(values: Sequence[float]) -> Triple:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

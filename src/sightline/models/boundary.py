@@ -1,0 +1,498 @@
+"""The boundary of the language model: where a prompt's rows are changed before the decoder reads them.
+
+Every family in `transformers` merges image features into the embeddings and then calls its language model with
+`inputs_embeds`, a mask, positions and a cache. Hooks on both sides of that call are enough to
+
+- *drop visual tokens*: the survivors are gathered, and the mask, which keeps growing from the unpruned length, is cut at every
+  later step;
+- *add rows*: another view of the same prompt (a transformed picture, no picture) rides as extra rows of the batch in the same
+  forward and the same cache. A *transient* stream leaves the cache after the prompt has been read; the others go on with the
+  main rows, fed the same tokens, and follow them when beam search reorders the cache.
+
+Shapes as in `sightline.models.rows`; N is the number of visual tokens of the encoded batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sightline.errors import InputError
+from sightline.models.rows import View, gather_mask, stack_masks, stack_views
+
+if TYPE_CHECKING:
+    from sightline.methods import Method
+    from sightline.models.anatomy import Anatomy
+
+
+@dataclass
+class Encoded:
+    """A batch of pictures after the tower and the connector, before beams multiplied its rows."""
+
+    inputs: dict[str, Any]
+    features: Tensor
+    """[N, D], in the order of the visual tokens of the batch."""
+    deepstack: list[Tensor]
+    """Extra features [N, D] for each of the first decoder layers (Qwen3-VL), else empty."""
+    cls: list[Tensor]
+    """What `ClsAttention.row` gave, when a method asked for it."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Extra rows, one for each row of the batch, that read another view of the prompt."""
+
+    owner: Method
+    encoded: Encoded | None = None
+    """Pictures to put in the place of the main ones; None: the same."""
+    without_picture: bool = False
+    """Hide the visual tokens: nothing attends to them, and the text's positions close up."""
+    keep_positions: bool = False
+    """With `without_picture`: leave the text's positions as they are."""
+    transient: bool = False
+    """Only while the prompt is read."""
+
+
+@dataclass
+class Call:
+    """One `generate`, or one prompt read by a plain forward, and what the methods remember of it."""
+
+    boundary: Boundary
+    input_ids: Tensor
+    visual: Tensor
+    """bool [B, S]"""
+    mask: Tensor | None
+    """The prompt's 2-D mask [B, S], or None where nothing is padded."""
+    encoded: Encoded
+    memory: dict[Any, Any] = field(default_factory=dict)
+    """What a method learnt while the prompt was read, by method; survives from step to step also without a cache."""
+    prompt_length: int = 0
+    """S of the first forward; without a cache later forwards are longer."""
+    seen: int = 0
+    """Columns that the caller has given so far."""
+    reading_prompt: bool = True
+    streams: list[Stream] = field(default_factory=list)
+    real: list[Tensor] = field(default_factory=list)
+    """For the main rows and those of each lasting stream, bool [B, T]: the prompt's columns that may be seen."""
+    shift: Tensor | None = None
+    """How far the rows' positions lie behind those the caller counts: [R], or [A, R]."""
+    dropped: int = 0
+    """S - T."""
+    kept: list[list[Tensor]] | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    """Final hidden state [B, D] at the last position of each lasting stream, in the order of `streams`."""
+    prompt: tuple[View, Any] | None = None
+    """The main view and its mask, while the prompt is read."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.input_ids)
+
+    @functools.cached_property
+    def beams(self) -> int:
+        """How many rows were made of each row that was encoded."""
+        return max(1, int(self.visual.sum()) // max(1, len(self.encoded.features)))
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the encoder got, with the input ids of its rows."""
+        return {**self.encoded.inputs, "input_ids": self.input_ids[:: self.beams]}
+
+    @functools.cached_property
+    def images(self) -> list[list[tuple[int, int]]]:
+        """For each encoded row, for each of its images, the range of its tokens among the N features."""
+        anatomy = self.boundary.anatomy
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(self.rows // self.beams)]
+        start = 0
+        for length, row in zip(anatomy.tokens_per_image(self.inputs), anatomy.image_indices(self.inputs), strict=True):
+            rows[row].append((start, start + length))
+            start += length
+        return rows
+
+    def prompt_ids(self, row: int) -> Tensor:
+        """The token ids of a row's prompt, without padding."""
+        ids = self.input_ids[row, : self.prompt_length]
+        return ids if self.mask is None else ids[self.mask[row, : self.prompt_length].bool()]
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """Visual tokens of each row that reached the decoder."""
+        if self.kept is None:
+            counts: list[int] = self.visual.sum(dim=1).tolist()
+            return counts
+        return [sum(len(image) for image in row) for row in self.kept]
+
+    def stream_rows(self, owner: Method) -> slice | None:
+        """Where the rows of a method's stream are in the batch that the decoder runs now, if there are any."""
+        for index, stream in enumerate(self.streams, start=1):
+            if stream.owner is owner and (self.reading_prompt or not stream.transient):
+                return slice(index * self.rows, (index + 1) * self.rows)
+        return None
+
+    def stream_hidden(self, owner: Method) -> Tensor:
+        """Final hidden state [B, D] at the last position of a method's lasting stream."""
+        return self.hidden[[stream.owner for stream in self.streams].index(owner)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, ...] of the encoded batch -> the same for the visual tokens of all rows, row after row."""
+        if self.beams == 1:
+            return values
+        parts = []
+        for images in self.images:
+            if images:
+                parts += [values[images[0][0] : images[-1][1]]] * self.beams
+        return torch.cat(parts)
+
+
+class Boundary:
+    """The hooks on one model that carry out what its methods ask for."""
+
+    def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
+        self.anatomy, self.methods = anatomy, list(methods)
+        self.last_call: Call | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
+        self._encoded: Encoded | None = None
+        self._cls: list[Tensor] = []
+        self._call: Call | None = None
+        self._begins: tuple[Tensor, Tensor, Tensor | None, bool] | None = None
+        self._quiet = False
+        self._encode: Callable[..., Any] = anatomy.base.get_image_features
+
+    # --- Putting on and taking off ---
+
+    def install(self) -> None:
+        """Puts the hooks on; with no methods there are none."""
+        if not self.methods:
+            return
+        anatomy, base = self.anatomy, self.anatomy.base
+        replaced = vars(base).get("get_image_features")
+        self._encode = base.get_image_features
+
+        @functools.wraps(self._encode)
+        def encode_and_remember(*args: Any, **kwargs: Any) -> Any:
+            self._encoded, output = self._encode_pictures(*args, **kwargs)
+            return output
+
+        base.get_image_features = encode_and_remember
+        self._undo.append(lambda: _restore(base, "get_image_features", replaced))
+        self._hook(base, self._before_base, before=True)
+        self._hook(anatomy.language_model, self._before_language_model, before=True)
+        self._hook(anatomy.language_model, self._after_language_model)
+        self._hook(anatomy.model, self._after_model)
+        cls = anatomy.cls
+        if cls is not None and any(method.needs_cls for method in self.methods):
+            self._hook(cls.module, lambda module, args, kwargs: self._cls.append(cls.read(args, kwargs)), before=True)
+        for method in self.methods:
+            method.install(self)
+
+    def remove(self) -> None:
+        """Takes everything off; the model is as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self._calls.clear()
+        self._call = self._encoded = None
+
+    def _hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+        put = module.register_forward_pre_hook if before else module.register_forward_hook
+        self._undo.append(put(hook, with_kwargs=True).remove)
+
+    def before(self, module: nn.Module, hook: Callable[[Call, Tensor], Tensor | None]) -> None:
+        """Lets `hook(call, first argument)` see, and replace, what goes into a part of the decoder."""
+
+        def guarded(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._call is None or self._quiet:
+                return None
+            changed = hook(self._call, args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        self._undo.append(module.register_forward_pre_hook(guarded).remove)
+
+    def after(self, module: nn.Module, hook: Callable[[Call, Tensor], Tensor | None]) -> None:
+        """Lets `hook(call, output)` see, and replace, what comes out of a part of the decoder."""
+
+        def guarded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return None if self._call is None or self._quiet else hook(self._call, output)
+
+        self._undo.append(module.register_forward_hook(guarded).remove)
+
+    # --- Encoding ---
+
+    def _encode_pictures(self, *args: Any, **kwargs: Any) -> tuple[Encoded, Any]:
+        self._cls.clear()
+        output = self._encode(*args, **kwargs)
+        inputs = dict(inspect.signature(self._encode).bind(*args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        deepstack = getattr(output, "deepstack_features", None) or []
+        return Encoded(inputs, _flat(output.pooler_output), [_flat(one) for one in deepstack], list(self._cls)), output
+
+    def encode_changed(self, call: Call, change: Callable[[Tensor, int], Tensor]) -> Encoded:
+        """The call's pictures after `change(picture, index of the image)`, encoded again (see `Anatomy.map_pictures`)."""
+        changed = self.anatomy.map_pictures(call.inputs, change)
+        return self._encode_pictures(**{name: changed[name] for name in call.encoded.inputs})[0]
+
+    # --- Before a forward: whose is it? ---
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return self._go_on(self._calls.get(cache), ids, args, kwargs)
+        self._call = self._begins = None
+        if ids is None:
+            raise InputError("with methods attached the model needs input_ids: inputs_embeds do not show what is visual")
+        visual = self.anatomy.visual_positions(ids)
+        if bool(visual.any()):
+            mask = kwargs.get("attention_mask")
+            _check_prompt(mask, cache)
+            # The pictures may be encoded only now, inside this forward: the call begins at the language model.
+            self._begins = (ids, visual, mask, cache is None)
+        return None
+
+    def _go_on(self, call: Call | None, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A later step of a call that has a cache; of a call that is not ours when `call` is None."""
+        self._call = call
+        if call is None or ids is None:
+            return None
+        if bool(self.anatomy.visual_positions(ids).any()):
+            raise InputError("with methods attached no picture can join a prompt whose cache is kept; start a new prompt")
+        if call.kept is not None:
+            real = call.real[0].long()
+            mask = kwargs.get("attention_mask")
+            prompt = real.shape[1] + call.dropped
+            new = real.new_ones(call.rows, call.seen - prompt + ids.shape[1]) if mask is None else mask[:, prompt:]
+            return args, {**kwargs, "attention_mask": torch.cat([real.to(new.dtype), new], dim=1)}
+        return None
+
+    def _begin(self, ids: Tensor, visual: Tensor, mask: Tensor | None, uncached: bool) -> Call:
+        if self._encoded is None:
+            raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
+        call = Call(self, ids, visual, mask, self._encoded, prompt_length=ids.shape[1])
+        if int(visual.sum()) != call.beams * len(self._encoded.features):
+            raise InputError(
+                f"the prompt has {int(visual.sum())} visual tokens, but the pictures encoded in this context have "
+                f"{len(self._encoded.features)}; encode the pictures and generate inside the same context"
+            )
+        before = self.last_call
+        if uncached and before is not None and before.encoded is self._encoded and _goes_on(before, ids):
+            call.memory, call.prompt_length = before.memory, before.prompt_length
+        return call
+
+    # --- The language model's inputs and outputs ---
+
+    def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._quiet:
+            return None
+        if self._begins is not None:
+            self._call = self.last_call = self._begin(*self._begins)
+            self._begins = None
+        call = self._call
+        if call is None:
+            return None
+        changed = dict(kwargs)
+        if call.reading_prompt:
+            self._read_prompt(call, changed)
+        else:
+            self._read_more(call, changed)
+        call.seen += kwargs["inputs_embeds"].shape[1]
+        return args, changed
+
+    def _read_prompt(self, call: Call, kwargs: dict[str, Any]) -> None:
+        embeds: Tensor = kwargs["inputs_embeds"]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        positions = positions.expand(*positions.shape[:-2], call.rows, -1)
+        real = torch.ones_like(call.visual) if call.mask is None else call.mask.bool()
+        deepstack = tuple(call.spread(layer) for layer in call.encoded.deepstack)
+        main = View(embeds, positions, call.visual, real, deepstack)
+        mask = kwargs.get("attention_mask")
+
+        call.streams = [stream for method in self.methods for stream in method.streams(call)]
+        call.streams.sort(key=lambda stream: stream.transient)
+        views = [main]
+        for stream in call.streams:
+            other = stream.encoded
+            views.append(main if other is None else main.with_features(
+                call.spread(other.features), [call.spread(layer) for layer in other.deepstack]
+            ))
+
+        keeps = [self._keep(call, call.encoded)]
+        if keeps[0] is not None:
+            keeps += [self._keep(call, stream.encoded or call.encoded) for stream in call.streams]
+            compact = all(getattr(method, "positions", "compact") == "compact" for method in self.methods)
+            shortened = [view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True) if keep is not None]
+            views = [view for view, _ in shortened]
+            mask = gather_mask(mask, shortened[0][1], views[0].real)
+            call.dropped = embeds.shape[1] - views[0].embeds.shape[1]
+            call.kept = _kept(call, keeps[0])
+        call.prompt = (views[0], mask)
+        for index, stream in enumerate(call.streams, start=1):
+            if stream.without_picture:
+                views[index] = views[index].without_picture(keep_positions=stream.keep_positions)
+
+        if len(views) > 1 or call.kept is not None:
+            kwargs |= stack_views(views)
+            kwargs["attention_mask"] = stack_masks(mask, [view.real for view in views], views[0].embeds.shape[1])
+        lasting = 1 + sum(not stream.transient for stream in call.streams)
+        call.real = [view.real for view in views[:lasting]]
+        call.shift = torch.cat([positions[..., -1] - view.positions[..., -1] for view in views[:lasting]], dim=-1)
+        for method in self.methods:
+            method.before_prompt(call)
+
+    def _keep(self, call: Call, encoded: Encoded) -> Tensor | None:
+        """bool [visual tokens of all rows], or None when no method drops any."""
+        for method in self.methods:
+            images = method.chosen(call, encoded)
+            if images is not None:
+                return call.spread(torch.cat(images))
+        return None
+
+    def _read_more(self, call: Call, kwargs: dict[str, Any]) -> None:
+        embeds: Tensor = kwargs["inputs_embeds"]
+        lasting = len(call.real)
+        if lasting == 1 and call.kept is None:
+            return
+        assert call.shift is not None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = call.seen + torch.arange(embeds.shape[1], device=embeds.device)[None]
+        elif positions.ndim == 3 and len(positions) == 3:
+            # A plain forward counts multi-axis positions from the length of the cache, which the dropped tokens are not in.
+            positions = positions + call.dropped
+        positions = positions.expand(*positions.shape[:-2], call.rows, -1)
+        repeats = [1] * (positions.ndim - 2) + [lasting, 1]
+        kwargs["position_ids"] = positions.repeat(*repeats) - call.shift[..., None]
+        if lasting > 1:
+            kwargs["inputs_embeds"] = embeds.repeat(lasting, 1, 1)
+            prompt = call.real[0].shape[1]
+            since = call.seen - prompt - call.dropped + embeds.shape[1]
+            new = call.real[0].new_ones(call.rows, since)
+            real = [torch.cat([one, new], dim=1) for one in call.real]
+            kwargs["attention_mask"] = stack_masks(kwargs.get("attention_mask"), real, embeds.shape[1])
+
+    def _after_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._call
+        if call is None or self._quiet:
+            return None
+        hidden: Tensor = output.last_hidden_state
+        rows, lasting = call.rows, len(call.real)
+        call.hidden = [hidden[i * rows : (i + 1) * rows, -1] for i in range(1, lasting)]
+        cache = output.past_key_values
+        if len(hidden) > rows:
+            output.last_hidden_state = hidden[:rows]
+            for name in ("hidden_states", "attentions"):
+                if output.get(name) is not None:
+                    output[name] = tuple(one if one is None else one[:rows] for one in output[name])
+        if call.reading_prompt and cache is not None:
+            if len(hidden) > lasting * rows:
+                cache.batch_select_indices(torch.arange(lasting * rows, device=hidden.device))
+            if lasting > 1:
+                _reorder_together(cache, lasting, rows)
+            self._calls[cache] = call
+        call.reading_prompt, call.prompt = False, None
+        return output
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._call
+        if call is None:
+            return None
+        last = before = output.logits[:, -1]
+        for method in self.methods:
+            last = method.logits(call, last)
+        if last is not before:
+            output.logits = torch.cat([output.logits[:, :-1], last[:, None].to(output.logits.dtype)], dim=1)
+        return output
+
+    # --- What methods may ask for ---
+
+    def layer_outputs(self, call: Call) -> tuple[Tensor, Tensor]:
+        """What every decoder layer of the *unchanged* model gives at the prompt's last position, with the picture and without.
+
+        For `Method.before_prompt`; costs one forward of 2 B rows without a cache.
+
+        Returns:
+            Two tensors [B, layers, D].
+        """
+        assert call.prompt is not None
+        main, mask = call.prompt
+        views = [main, main.without_picture(keep_positions=False)]
+        seen: list[Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
+            for layer in self.anatomy.layers
+        ]
+        self._quiet = True
+        try:
+            self.anatomy.language_model(
+                **stack_views(views),
+                attention_mask=stack_masks(mask, [view.real for view in views], main.embeds.shape[1]),
+                use_cache=False,
+            )
+        finally:
+            self._quiet = False
+            for handle in handles:
+                handle.remove()
+        outputs = torch.stack(seen, dim=1)
+        return outputs[: call.rows], outputs[call.rows :]
+
+
+def _restore(owner: Any, name: str, value: Any) -> None:
+    if value is None:
+        vars(owner).pop(name)
+    else:
+        setattr(owner, name, value)
+
+
+def _check_prompt(mask: Any, cache: Any) -> None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise InputError("with methods attached, give the ordinary attention_mask of shape [rows, length]")
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        raise InputError("pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column")
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise InputError("with methods attached, generation needs the dynamic cache, not a static one")
+
+
+def _goes_on(before: Call, ids: Tensor) -> bool:
+    """Whether these ids are those of the earlier call with something added (a step of a generation without a cache)."""
+    length = before.prompt_length
+    return (
+        ids.shape[1] > before.input_ids.shape[1]
+        and len(ids) == before.rows
+        and torch.equal(ids[:, :length], before.input_ids[:, :length])
+    )
+
+
+def _kept(call: Call, keep: Tensor) -> list[list[Tensor]]:
+    """By row and image, the indices of the visual tokens that stay."""
+    rows: list[list[Tensor]] = []
+    start = 0
+    for images in call.images:
+        for _ in range(call.beams):
+            rows.append([])
+            for first, last in images:
+                rows[-1].append(keep[start : start + last - first].nonzero()[:, 0])
+                start += last - first
+    return rows
+
+
+def _flat(features: Any) -> Tensor:
+    """[N, D] from a list with one tensor [n, D] an image or row, or from a tensor [pictures, n, D]."""
+    return torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
+
+
+def _reorder_together(cache: Any, lasting: int, rows: int) -> None:
+    """Makes this one cache reorder the rows of all streams when beam search reorders those of the batch."""
+    reorder = cache.reorder_cache
+
+    def reorder_streams(beam_idx: Tensor) -> None:
+        reorder(torch.cat([beam_idx + stream * rows for stream in range(lasting)]))
+
+    cache.reorder_cache = reorder_streams

@@ -1,0 +1,1 @@
+"""Strategies: methods that answer by a conversation of several calls."""
