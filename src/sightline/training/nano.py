@@ -1,0 +1,419 @@
+"""The recipe of the built-in model: a Llava trained from nothing on the picture world, on a CPU.
+
+Two phases. *Warm-up*: the vision tower alone learns what lies under each patch (kind, colour, size: the world's own
+masks say) and, at [CLS], which kinds the picture holds and what place it is. *Joint*: the whole model learns to answer;
+the warm-up's loss stays on with a small weight, so that [CLS] keeps looking at objects (the last layer's [CLS] query
+gets no gradient from the language model, as in LLaVA, where it was trained by CLIP).
+
+All questions on a picture share one sequence: the picture comes first, each question sees the picture and itself (a
+block mask and restarted positions), so one row is exactly as good as a dozen prompts of the ordinary form. A quarter of
+the batches are text-only: the same prompts without visual tokens, answered from the prior alone.
+
+Step `s` always sees the same scenes, so a killed run resumes where its last checkpoint was written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from sightline.errors import InputError
+from sightline.models.picturebook_vlm import (
+    PATCH_SIZE,
+    PICTURE_SIZE,
+    PROMPT_WITH_PICTURE,
+    SHAPES,
+    build_model,
+    build_processor,
+    build_tokenizer,
+)
+from sightline.picturebook.draw import draw, object_ids
+from sightline.picturebook.questions import Question, training_questions
+from sightline.picturebook.scene import COLOURS, KINDS, SCENE_TYPES, SIZES, Scene, Split, random_stream, sample_scene
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+IGNORED = -100
+PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
+COVERED = PATCH_SIZE**2 // 4
+"""How many of a patch's pixels an object must own for the patch to carry its label."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run does; the same recipe, size and seed give the same model on the same machine."""
+
+    size: str = "nano"
+    seed: int = 0
+    warm_up_steps: int = 1500
+    steps: int = 10000
+    batch: int = 16
+    warm_up_batch: int = 48
+    length: int = 272
+    learning_rate: float = 1e-3
+    warm_up_learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    text_only_every: int = 4
+    label_weight: float = 0.1
+    bfloat16: bool = True
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warm_up_batch", "text_only_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+
+class PatchLabels(nn.Module):
+    """Linear read-outs of the vision tower: kind, colour and size per patch; kinds and place at [CLS]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classes = (len(KINDS) + 1, len(COLOURS) + 1, len(SIZES) + 1)
+        self.patch = nn.Linear(width, sum(self.classes))
+        self.picture = nn.Linear(width, len(KINDS) + len(SCENE_TYPES))
+
+    def forward(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The mean of the five losses. `hidden` is [pictures, 1 + patches, width]."""
+        parts = self.patch(hidden[:, 1:]).split(self.classes, dim=-1)
+        losses = [
+            F.cross_entropy(part.float().flatten(0, 1), labels.flatten())
+            for part, labels in zip(parts, batch["patch_labels"].unbind(-1), strict=True)
+        ]
+        kinds, places = self.picture(hidden[:, 0]).float().split((len(KINDS), len(SCENE_TYPES)), dim=-1)
+        losses.append(F.binary_cross_entropy_with_logits(kinds, batch["kinds"]))
+        losses.append(F.cross_entropy(places, batch["place"]))
+        return torch.stack(losses).mean()
+
+
+def patch_labels(scene: Scene) -> np.ndarray:
+    """Kind, colour and size under each patch as class numbers, 0 where no object covers a quarter of it: int64
+    [patches, 3]."""
+    ids = object_ids(scene, PICTURE_SIZE).astype(np.int64)
+    side = PICTURE_SIZE // PATCH_SIZE
+    patch_of_pixel = np.arange(PICTURE_SIZE) // PATCH_SIZE
+    cell = patch_of_pixel[:, None] * side + patch_of_pixel[None, :]
+    n = len(scene.objects)
+    counts = np.bincount((cell * (n + 1) + ids + 1).ravel(), minlength=PATCHES * (n + 1)).reshape(PATCHES, n + 1)
+    labels = np.zeros((PATCHES, 3), dtype=np.int64)
+    if n:
+        owner = counts[:, 1:].argmax(axis=1)
+        classes = np.array([[KINDS.index(o.kind), COLOURS.index(o.colour), SIZES.index(o.size)] for o in scene.objects])
+        covered = counts[np.arange(PATCHES), owner + 1] >= COVERED
+        labels[covered] = classes[owner[covered]] + 1
+    return labels
+
+
+def pixels(scene: Scene) -> np.ndarray:
+    """The picture as the processor would give it: float32 [3, side, side] in [-1, 1]."""
+    return np.asarray(draw(scene, PICTURE_SIZE), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def picture_batch(scenes: list[Scene]) -> dict[str, Tensor]:
+    """Pixels and the labels of the warm-up."""
+    present = [[float(kind in scene.kinds) for kind in KINDS] for scene in scenes]
+    return {
+        "pixel_values": torch.from_numpy(np.stack([pixels(scene) for scene in scenes])),
+        "patch_labels": torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])),
+        "kinds": torch.tensor(present),
+        "place": torch.tensor([list(SCENE_TYPES).index(scene.scene_type) for scene in scenes]),
+    }
+
+
+class Packer:
+    """Puts the questions on one scene into one row that shares the picture.
+
+    Token ids of questions and answers are cached: there are only a few thousand different texts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.tokenizer = tokenizer
+        self.length = length
+        self._cache: dict[str, list[int]] = {}
+        before, after = PROMPT_WITH_PICTURE.split("<image>")
+        self.after_question = after.split("{question}")[1]
+        image = tokenizer.convert_tokens_to_ids("<image>")
+        start = [tokenizer.bos_token_id, *self.ids(before)]
+        self.prefix = [*start, *[image] * PATCHES, *self.ids(after.split("{question}")[0])]
+        self.prefix_without_picture = [*start, *self.ids(after.split("{question}")[0])]
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self._cache:
+            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._cache[text]
+
+    def row(self, questions: list[Question], with_picture: bool) -> dict[str, np.ndarray]:
+        """As many of the questions as fit: token ids, positions, branch (0 is the shared prefix, -1 padding), labels
+        and the number of the question each label belongs to."""
+        prefix = self.prefix if with_picture else self.prefix_without_picture
+        ids = np.full(self.length, self.tokenizer.pad_token_id, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        branch = np.full(self.length, -1, dtype=np.int64)
+        positions = np.zeros(self.length, dtype=np.int64)
+        at = len(prefix)
+        ids[:at], branch[:at], positions[:at] = prefix, 0, np.arange(at)
+        for number, question in enumerate(questions, start=1):
+            prompt = self.ids(question.text + self.after_question)
+            answer = [*self.ids(" " + question.answer), self.tokenizer.eos_token_id]
+            end = at + len(prompt) + len(answer) - 1
+            if end > self.length:
+                continue
+            ids[at:end] = (prompt + answer)[:-1]
+            labels[end - len(answer) : end] = answer
+            branch[at:end] = number
+            positions[at:end] = len(prefix) + np.arange(end - at)
+            at = end
+        return {"input_ids": ids, "labels": labels, "branch": branch, "position_ids": positions}
+
+    def batch(self, scenes: list[Scene], questions: list[list[Question]], with_picture: bool) -> dict[str, Tensor]:
+        """Rows of one length and their mask, bool [rows, 1, length, length]: prefix and own question, causally."""
+        rows = [self.row(asked, with_picture) for asked in questions]
+        out = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        branch = out["branch"]
+        own = branch[:, :, None] == branch[:, None, :]
+        shared = (branch == 0)[:, None, :]
+        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+        out["attention_mask"] = ((own | shared) & causal)[:, None]
+        if with_picture:
+            out |= picture_batch(scenes)
+        return out
+
+
+class Steps(Dataset[dict[str, Tensor]]):
+    """The batch of each step, made from the step's number alone."""
+
+    def __init__(self, recipe: Recipe, packer: Packer | None, split: Split = "train", first: int = 0) -> None:
+        self.recipe, self.packer, self.split, self.first = recipe, packer, split, first
+
+    def __len__(self) -> int:
+        return self.recipe.warm_up_steps if self.packer is None else self.recipe.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        phase = "warm-up" if self.packer is None else "joint"
+        size = recipe.warm_up_batch if self.packer is None else recipe.batch
+        offset = 10_000_000 * recipe.seed + (5_000_000 if self.packer is None else 0) + self.first
+        scenes = [sample_scene(self.split, offset + step * size + i) for i in range(size)]
+        if self.packer is None:
+            return picture_batch(scenes)
+        rng = random_stream("questions", phase, self.split, recipe.seed, step)
+        questions: list[list[Question]] = []
+        for scene in scenes:
+            asked = training_questions(scene, rng)
+            questions.append([asked[i] for i in rng.permutation(len(asked))])
+        with_picture = self.split != "train" or step % recipe.text_only_every != 0
+        return self.packer.batch(scenes, questions, with_picture)
+
+
+def text_corpus(n_scenes: int = 2000) -> Iterator[str]:
+    """The texts that the tokenizer learns from."""
+    rng = random_stream("corpus")
+    for index in range(n_scenes):
+        for question in training_questions(sample_scene("train", index), rng):
+            yield PROMPT_WITH_PICTURE.format(question=question.text) + " " + question.answer
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross-entropy of the answers; the logits where there are labels; the tower's last hidden states if there are
+    pictures."""
+    seen: list[Tensor] = []
+    tower = model.model.vision_tower
+    handle = tower.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    try:
+        hidden = model.model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch.get("pixel_values"),
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+    finally:
+        handle.remove()
+    wanted = batch["labels"] != IGNORED
+    logits = model.lm_head(hidden[wanted]).float()
+    return F.cross_entropy(logits, batch["labels"][wanted]), logits, seen[0] if seen else None
+
+
+@torch.no_grad()
+def validate(
+    model: LlavaForConditionalGeneration, recipe: Recipe, packer: Packer, batches: int = 8
+) -> dict[str, float]:
+    """Teacher-forced accuracy of whole answers on the validation split, by kind of question, and the mean loss."""
+    right: dict[str, list[bool]] = {}
+    losses: list[float] = []
+    steps = Steps(recipe, packer, "validation")
+    for step in range(batches):
+        rng = random_stream("questions", "joint", "validation", recipe.seed, step)
+        scenes = [sample_scene("validation", step * recipe.batch + i) for i in range(recipe.batch)]
+        asked = [training_questions(scene, rng) for scene in scenes]
+        batch = steps.packer.batch(scenes, asked, True) if steps.packer else {}
+        loss, logits, _ = answer_loss(model, batch)
+        losses.append(loss.item())
+        wanted = batch["labels"] != IGNORED
+        hit = logits.argmax(-1) == batch["labels"][wanted]
+        row, column = wanted.nonzero(as_tuple=True)
+        branch = batch["branch"][row, column]
+        for r in range(len(asked)):
+            for number in branch[row == r].unique().tolist():
+                mine = (row == r) & (branch == number)
+                right.setdefault(asked[r][number - 1].task, []).append(bool(hit[mine].all()))
+    return {"loss": float(np.mean(losses))} | {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
+
+
+def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: int = 1, quiet: bool = False) -> Path:
+    """Runs the recipe, or what is left of it, and returns the folder of the finished checkpoint, `out/checkpoint`.
+
+    `out` holds `recipe.json`, `log.jsonl` (one line a hundred steps: loss, learning rate, seconds, and validation
+    accuracy where measured) and `state.safetensors` while the run goes on.
+
+    Raises:
+        InputError: if `out` holds a run of another recipe.
+    """
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    recipe_file = out / "recipe.json"
+    text = json.dumps(asdict(recipe), indent=1)
+    if recipe_file.exists() and recipe_file.read_text() != text:
+        raise InputError(f"{out} holds a run of another recipe; give another folder, or delete it")
+    recipe_file.write_text(text)
+
+    tokenizer = build_tokenizer(text_corpus(), SHAPES[recipe.size].vocabulary)
+    packer = Packer(tokenizer, recipe.length)
+    model = build_model(recipe.size, tokenizer, seed=recipe.seed)
+    tower = model.model.vision_tower
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        labels = PatchLabels(tower.config.hidden_size)
+    modules = nn.ModuleDict({"model": model, "labels": labels})
+    if recipe.compile:
+        for layer in (*tower.encoder.layers, *model.model.language_model.layers):
+            layer.compile(dynamic=False)
+    state = _State(out / "state.safetensors", modules)
+    started = time.time()
+
+    for phase, total, rate, data in (
+        ("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate, Steps(recipe, None)),
+        ("joint", recipe.steps, recipe.learning_rate, Steps(recipe, packer)),
+    ):
+        optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=rate, betas=(0.9, 0.98))
+        first = state.resume(phase, optimizer)
+        loader = DataLoader(data, batch_size=None, sampler=range(first, total), num_workers=1, prefetch_factor=8)
+        running: list[float] = []
+        with _progress(quiet) as progress:
+            bar = progress.add_task(phase, total=total, completed=first)
+            for step, batch in enumerate(loader, start=first):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * _schedule(step, total)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+                    if phase == "warm-up":
+                        loss = labels(tower(batch["pixel_values"]).last_hidden_state, batch)
+                        total_loss = loss
+                    else:
+                        loss, _, hidden = answer_loss(model, batch)
+                        total_loss = loss + (recipe.label_weight * labels(hidden, batch) if hidden is not None else 0)
+                total_loss.backward()
+                nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if phase == "warm-up" or hidden is not None:
+                    running.append(loss.item())
+                progress.update(bar, advance=1, description=f"{phase}  loss {np.mean(running[-50:]):.3f}")
+                done = step + 1
+                if done % 100 == 0 or done == total:
+                    line: dict[str, Any] = {"phase": phase, "step": done, "loss": round(float(np.mean(running)), 4)}
+                    line |= {"lr": rate * _schedule(step, total), "seconds": round(time.time() - started)}
+                    if phase == "joint" and (done % 500 == 0 or done == total):
+                        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+                            line["validation"] = validate(model, recipe, packer)
+                    running.clear()
+                    with (out / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(line) + "\n")
+                if done % checkpoint_every == 0 or done == total:
+                    state.save(phase, done, optimizer)
+    return _finish(model, tokenizer, out)
+
+
+def _finish(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+    """Writes the checkpoint beside its final place and moves it there, so that a half-written one is never seen."""
+    final, scratch = out / "checkpoint", out / "checkpoint.partial"
+    for folder in (scratch, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(scratch)
+    build_processor(tokenizer).save_pretrained(scratch)
+    scratch.rename(final)
+    return final
+
+
+def _groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    parameters = list(modules.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _schedule(step: int, total: int) -> float:
+    """Linear rise over 200 steps, then constant, then a linear fall to nothing over the last quarter."""
+    return min(1.0, (step + 1) / 200, (total - step) / (total / 4))
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=quiet
+    )
+
+
+class _State:
+    """Weights, optimiser moments and the step reached, in one safetensors file that is replaced atomically."""
+
+    def __init__(self, file: Path, modules: nn.Module) -> None:
+        self.file, self.modules = file, modules
+
+    def resume(self, phase: str, optimizer: torch.optim.Optimizer) -> int:
+        """Loads what the file holds; the step at which `phase` goes on (beyond its end if it is over)."""
+        if not self.file.exists():
+            return 0
+        tensors = load_file(self.file)
+        saved_phase = "joint" if tensors["joint"].item() else "warm-up"
+        named = dict(self.modules.named_parameters())
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+        if saved_phase != phase:
+            return 0 if phase == "joint" else 10**9
+        step = tensors["step"]
+        for name, parameter in named.items():
+            if f"exp_avg/{name}" in tensors:
+                optimizer.state[parameter] = {
+                    "step": step.clone().float(),
+                    "exp_avg": tensors[f"exp_avg/{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
+                }
+        return int(step.item())
+
+    def save(self, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
+        tensors = {"step": torch.tensor(step), "joint": torch.tensor(phase == "joint")}
+        for name, parameter in self.modules.named_parameters():
+            tensors[f"parameter/{name}"] = parameter.detach().clone()
+            moments = optimizer.state.get(parameter, {})
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in moments:
+                    tensors[f"{moment}/{name}"] = moments[moment].clone()
+        partial = self.file.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, self.file)
