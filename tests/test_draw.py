@@ -377,3 +377,30 @@ def test_a_large_picture_shows_the_same_as_a_small_one() -> None:
     small = pixels(scene, 80).astype(int)
     shrunk = np.asarray(draw(scene, 320).resize((80, 80), Image.Resampling.BOX)).astype(int)
     assert abs(small - shrunk).mean() < 8
+
+
+def test_occluding_covers_from_below_and_hides_in_the_end() -> None:
+    scene = Scene("room", (Object("ball", "red", "large", 0.5, 0.5), Object("cup", "blue", "small", 0.2, 0.2)), seed=4)
+    before = np.asarray(draw(scene), dtype=int)
+    for fraction, still_visible in ((0.25, True), (0.5, True), (0.8, False), (1.0, False)):
+        covered = edits.occlude(scene, 0, fraction)
+        after = np.asarray(draw(covered), dtype=int)
+        changed = np.any(before != after, axis=-1)
+        assert changed.any()
+        assert not changed[~edits.difference(scene, covered)].any()
+        rows = np.flatnonzero(changed.any(axis=1))
+        # The box reaches from row 27 to row 53 (80 * (0.5 -+ 0.165), rounded on the canvas of 320).
+        top = 53.25 - fraction * 26.5
+        assert abs(rows[0] - top) <= 1
+        assert ("ball" in covered.kinds) is still_visible
+        assert visible_fraction(covered, 0) == pytest.approx(1 - _round_share_below(fraction), abs=0.03)
+    assert edits.occlude(edits.occlude(scene, 0, 0.5), 0, 0) == scene
+    assert Scene.from_json(covered.to_json()) == covered
+    with pytest.raises(InputError, match="covered share"):
+        edits.occlude(scene, 0, 1.5)
+
+
+def _round_share_below(fraction: float) -> float:
+    """The share of a disc's area below a chord that cuts off `fraction` of its height."""
+    x = 1 - 2 * fraction
+    return float((np.arccos(x) - x * np.sqrt(1 - x * x)) / np.pi)

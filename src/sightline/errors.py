@@ -19,4 +19,5 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> InputError:
     names = sorted(allowed)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return InputError(f"unknown {what} {name!r}{hint}; known: {', '.join(names)}")
+    known = ", ".join(names) if len(names) <= 40 else f"{', '.join(names[:10])} and {len(names) - 10} more"
+    return InputError(f"unknown {what} {name!r}{hint}; known: {known}")

@@ -26,6 +26,9 @@ SUPERSAMPLING = 4
 NOISE = 6
 """The pixel noise is an integer from -NOISE to NOISE, the same in the three channels."""
 
+CARD = (128, 128, 128)
+"""The colour of the card that covers a part of an object."""
+
 SIZE_RANGE = (32, 1024)
 
 
@@ -43,6 +46,8 @@ def draw(scene: Scene, size: int = 80) -> Image.Image:
         fills = shape.fills.copy()
         fills.putpalette(palette(thing.colour, scene.seed, thing.x, thing.y))
         canvas.paste(fills.convert("RGB"), corner, shape.mask)
+        if thing.covered:
+            canvas.paste(CARD, _card(thing, side))
     clean = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.int16)
     return Image.fromarray(np.clip(clean + _noise(scene.seed, size), 0, 255).astype(np.uint8))
 
@@ -110,6 +115,8 @@ def coverage(thing: Object, size: int = 80) -> NDArray[np.bool_]:
     shape, corner = _placed(thing, side)
     canvas = Image.new("L", (side, side))
     canvas.paste(1, (*corner, corner[0] + shape.mask.width, corner[1] + shape.mask.height), shape.mask)
+    if thing.covered:
+        canvas.paste(1, _card(thing, side))
     return _samples_per_pixel(np.asarray(canvas) > 0) > 0
 
 
@@ -120,6 +127,8 @@ def _sample_ids(scene: Scene, size: int) -> NDArray[np.int32]:
     for index in depth_order(scene):
         shape, corner = _placed(scene.objects[index], side)
         canvas.paste(index, (*corner, corner[0] + shape.mask.width, corner[1] + shape.mask.height), shape.mask)
+        if scene.objects[index].covered:
+            canvas.paste(-1, _card(scene.objects[index], side))
     return np.asarray(canvas, dtype=np.int32)
 
 
@@ -152,6 +161,13 @@ def _placed(thing: Object, side: int) -> tuple[Sprite, tuple[int, int]]:
     half = round(HALF_EXTENT[thing.size] * side)
     corner = (round(thing.x * side) - half, round(thing.y * side) - half)
     return sprite(thing.kind, half, thing.mirrored), corner
+
+
+def _card(thing: Object, side: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the card over the lower part of an object's box, on a canvas of a side."""
+    shape, (left, top) = _placed(thing, side)
+    bottom = top + shape.mask.height
+    return (left, bottom - round(thing.covered * shape.mask.height), left + shape.mask.width, bottom)
 
 
 def _noise(seed: int, size: int) -> NDArray[np.int16]:

@@ -66,6 +66,12 @@ def swap(scene: Scene, first: int, second: int) -> Scene:
     return move(move(scene, first, other.x, other.y), second, one.x, one.y)
 
 
+def occlude(scene: Scene, index: int, fraction: float) -> Scene:
+    """The scene with a grey card over the lower `fraction`, in [0, 1], of the box of the object at an index. Covered for
+    more than `MOST_COVERED`, the object no longer counts as visible."""
+    return _replaced(scene, index, replace(object_at(scene, index), covered=fraction))
+
+
 def mirror(scene: Scene) -> Scene:
     """The scene with every object, hidden ones too, reflected left to right; the backdrop stays. Mirroring a sampled
     scene twice gives the scene back."""
@@ -84,7 +90,7 @@ def difference(before: Scene, after: Scene, size: int = 80) -> NDArray[np.bool_]
     canvas_side(size)  # refuses a bad size even where nothing differs
     backdrops_differ = (before.scene_type, before.seed) != (after.scene_type, after.seed)
     footprint = np.full((size, size), backdrops_differ)
-    left, right = (Counter(scene.visible) for scene in (before, after))
+    left, right = (Counter(scene.objects[i] for i in depth_order(scene)) for scene in (before, after))
     for thing in (left - right) + (right - left):
         footprint |= coverage(thing, size)
     shared = left & right

@@ -72,6 +72,9 @@ PLURALS: dict[str, str] = {kind: kind + "s" for kind in KINDS} | {
 }
 SKY_KINDS = frozenset({"butterfly", "bird", "moon", "star", "clock"})
 
+MOST_COVERED = 0.65
+"""An object of which more is covered does not count as visible."""
+
 ANCHOR_PRESENT = 0.9
 PARTNER_ALONE = 0.3
 EXTRA_PRESENT = 0.5
@@ -96,7 +99,8 @@ object."""
 @dataclass(frozen=True)
 class Object:
     """One thing in a scene. `x`, `y` are its centre in [0, 1] from the picture's top left; an object whose centre is
-    lower stands nearer and is drawn later. A `hidden` object is in the record but not in the picture."""
+    lower stands nearer and is drawn later. A `hidden` object is in the record but not in the picture; of a `covered`
+    one, a grey card hides that share of its box, from below."""
 
     kind: str
     colour: Colour
@@ -105,6 +109,7 @@ class Object:
     y: float
     mirrored: bool = False
     hidden: bool = False
+    covered: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -115,6 +120,8 @@ class Object:
             raise unknown("size", self.size, SIZES)
         if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
             raise InputError(f"the centre of a {self.kind} must lie in the unit square, not at ({self.x}, {self.y})")
+        if not 0 <= self.covered <= 1:
+            raise InputError(f"the covered share of a {self.kind} must lie in [0, 1], not {self.covered}")
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -138,8 +145,8 @@ class Scene:
 
     @property
     def visible(self) -> tuple[Object, ...]:
-        """The objects that are drawn."""
-        return tuple(thing for thing in self.objects if not thing.hidden)
+        """The objects that can be seen: neither hidden nor covered for more than `MOST_COVERED`."""
+        return tuple(thing for thing in self.objects if not thing.hidden and thing.covered <= MOST_COVERED)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -157,11 +164,15 @@ class Scene:
 
     def of_kind(self, kind: str, *, hidden: bool = False) -> tuple[Object, ...]:
         """The visible objects of a kind; those that are hidden too if `hidden`."""
-        return tuple(thing for thing in self.objects if thing.kind == kind and (hidden or not thing.hidden))
+        return tuple(thing for thing in (self.objects if hidden else self.visible) if thing.kind == kind)
 
     def to_json(self) -> str:
         """One line of JSON from which `from_json` makes an equal scene."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        record = asdict(self)
+        for thing in record["objects"]:
+            if not thing["covered"]:  # fingerprints are as they were before objects could be covered
+                del thing["covered"]
+        return json.dumps(record, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Scene:

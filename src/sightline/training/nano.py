@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -299,53 +300,81 @@ def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: in
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         labels = PatchLabels(tower.config.hidden_size)
-    modules = nn.ModuleDict({"model": model, "labels": labels})
     if recipe.compile:
         for layer in (*tower.encoder.layers, *model.model.language_model.layers):
             layer.compile(dynamic=False)
-    state = _State(out / "state.safetensors", modules)
-    started = time.time()
-
-    for phase, total, rate, data in (
-        ("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate, Steps(recipe, None)),
-        ("joint", recipe.steps, recipe.learning_rate, Steps(recipe, packer)),
-    ):
-        optimizer = torch.optim.AdamW(_groups(modules, recipe.weight_decay), lr=rate, betas=(0.9, 0.98))
-        first = state.resume(phase, optimizer)
-        loader = DataLoader(data, batch_size=None, sampler=range(first, total), num_workers=1, prefetch_factor=8)
-        running: list[float] = []
-        with _progress(quiet) as progress:
-            bar = progress.add_task(phase, total=total, completed=first)
-            for step, batch in enumerate(loader, start=first):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * _schedule(step, total)
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-                    if phase == "warm-up":
-                        loss = labels(tower(batch["pixel_values"]).last_hidden_state, batch)
-                        total_loss = loss
-                    else:
-                        loss, _, hidden = answer_loss(model, batch)
-                        total_loss = loss + (recipe.label_weight * labels(hidden, batch) if hidden is not None else 0)
-                total_loss.backward()
-                nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                if phase == "warm-up" or hidden is not None:
-                    running.append(loss.item())
-                progress.update(bar, advance=1, description=f"{phase}  loss {np.mean(running[-50:]):.3f}")
-                done = step + 1
-                if done % 100 == 0 or done == total:
-                    line: dict[str, Any] = {"phase": phase, "step": done, "loss": round(float(np.mean(running)), 4)}
-                    line |= {"lr": rate * _schedule(step, total), "seconds": round(time.time() - started)}
-                    if phase == "joint" and (done % 500 == 0 or done == total):
-                        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-                            line["validation"] = validate(model, recipe, packer)
-                    running.clear()
-                    with (out / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(line) + "\n")
-                if done % checkpoint_every == 0 or done == total:
-                    state.save(phase, done, optimizer)
+    run = _Run(recipe, out, model, labels, packer, checkpoint_every, quiet)
+    run.phase("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate)
+    run.phase("joint", recipe.steps, recipe.learning_rate)
     return _finish(model, tokenizer, out)
+
+
+class _Run:
+    """The loop under both phases."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        model: LlavaForConditionalGeneration,
+        labels: PatchLabels,
+        packer: Packer,
+        checkpoint_every: int,
+        quiet: bool,
+    ) -> None:
+        self.recipe, self.out, self.model, self.labels, self.packer = recipe, out, model, labels, packer
+        self.modules = nn.ModuleDict({"model": model, "labels": labels})
+        self.state = _State(out / "state.safetensors", self.modules)
+        self.checkpoint_every, self.quiet = checkpoint_every, quiet
+        self.started = time.time()
+
+    def phase(self, name: str, total: int, rate: float) -> None:
+        """Runs one phase from where the saved state left it."""
+        optimizer = torch.optim.AdamW(_groups(self.modules, self.recipe.weight_decay), lr=rate, betas=(0.9, 0.98))
+        first = min(self.state.resume(name, optimizer), total)
+        data = Steps(self.recipe, self.packer if name == "joint" else None)
+        loader = DataLoader(data, batch_size=None, sampler=range(first, total), num_workers=1, prefetch_factor=8)
+        losses: list[float] = []
+        with _progress(self.quiet) as progress:
+            bar = progress.add_task(name, total=total, completed=first)
+            for done, batch in enumerate(loader, start=first + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * _schedule(done - 1, total)
+                losses.append(self._step(name, batch, optimizer))
+                progress.update(bar, advance=1, description=f"{name}  loss {np.mean(losses[-50:]):.3f}")
+                if done % 100 == 0 or done == total:
+                    self._log(name, done, total, losses)
+                    losses.clear()
+                if done % self.checkpoint_every == 0 or done == total:
+                    self.state.save(name, done, optimizer)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.bfloat16)
+
+    def _step(self, phase: str, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
+        """One step of the optimiser; the loss of the phase's own task."""
+        with self._precision():
+            if phase == "warm-up":
+                loss = total = self.labels(
+                    self.model.model.vision_tower(batch["pixel_values"]).last_hidden_state, batch
+                )
+            else:
+                loss, _, hidden = answer_loss(self.model, batch)
+                total = loss if hidden is None else loss + self.recipe.label_weight * self.labels(hidden, batch)
+        total.backward()
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def _log(self, phase: str, done: int, total: int, losses: list[float]) -> None:
+        line: dict[str, Any] = {"phase": phase, "step": done, "loss": round(float(np.mean(losses)), 4)}
+        line["seconds"] = round(time.time() - self.started)
+        if phase == "joint" and (done % 500 == 0 or done == total):
+            with self._precision():
+                line["validation"] = validate(self.model, self.recipe, self.packer)
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 def _finish(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
@@ -395,23 +424,23 @@ class _State:
             for name, parameter in named.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
         if saved_phase != phase:
-            return 0 if phase == "joint" else 10**9
-        step = tensors["step"]
+            return 0 if phase == "joint" else sys.maxsize  # not begun yet, or long over
         for name, parameter in named.items():
             if f"exp_avg/{name}" in tensors:
                 optimizer.state[parameter] = {
-                    "step": step.clone().float(),
+                    "step": tensors[f"step/{name}"],
                     "exp_avg": tensors[f"exp_avg/{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
                 }
-        return int(step.item())
+        return int(tensors["step"].item())
 
     def save(self, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
         tensors = {"step": torch.tensor(step), "joint": torch.tensor(phase == "joint")}
         for name, parameter in self.modules.named_parameters():
             tensors[f"parameter/{name}"] = parameter.detach().clone()
             moments = optimizer.state.get(parameter, {})
-            for moment in ("exp_avg", "exp_avg_sq"):
+            # Also the step: a parameter that a batch does not reach is not stepped.
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if moment in moments:
                     tensors[f"{moment}/{name}"] = moments[moment].clone()
         partial = self.file.with_suffix(".partial")
