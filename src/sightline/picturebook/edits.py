@@ -67,8 +67,8 @@ def swap(scene: Scene, first: int, second: int) -> Scene:
 
 
 def occlude(scene: Scene, index: int, fraction: float) -> Scene:
-    """The scene with a grey card over the lower `fraction`, in [0, 1], of the box of the object at an index. Covered for
-    more than `MOST_COVERED`, the object no longer counts as visible."""
+    """The scene with a grey card over the lower `fraction`, in [0, 1], of the box of the object at an index. An object
+    covered for more than `MOST_COVERED` no longer counts as visible."""
     return _replaced(scene, index, replace(object_at(scene, index), covered=fraction))
 
 
