@@ -42,7 +42,9 @@ def test_sizes(size: str, low: float, high: float, tokenizer) -> None:  # type: 
 
 def test_any_text_survives_the_tokenizer(tokenizer) -> None:  # type: ignore[no-untyped-def]
     for text in ("Is there a boat in the image?", "Ünïcode, 漢字 and 🐟!", "  spaces   stay "):
-        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_chat_template_gives_the_prompt_of_training(tokenizer) -> None:  # type: ignore[no-untyped-def]
@@ -72,11 +74,8 @@ def test_packed_questions_equal_ordinary_prompts(with_picture: bool, tokenizer) 
                 inputs = processor(images=draw(scene), text=prompt, return_tensors="pt")
             else:
                 inputs = tokenizer(prompt.replace("<image>", ""), return_tensors="pt")
-            bos = torch.tensor([[tokenizer.bos_token_id]])
             answer = tokenizer(" " + question.answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
             prompt_ids = inputs["input_ids"]
-            if prompt_ids[0, 0] != tokenizer.bos_token_id:
-                prompt_ids = torch.cat([bos, prompt_ids], dim=1)
             ids = torch.cat([prompt_ids, answer], dim=1)
             with torch.no_grad():
                 out = model(input_ids=ids, pixel_values=inputs.get("pixel_values")).logits

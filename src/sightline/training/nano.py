@@ -71,6 +71,7 @@ class Recipe:
     weight_decay: float = 0.05
     text_only_every: int = 4
     label_weight: float = 0.1
+    word_weight: float = 0.2
     bfloat16: bool = True
     compile: bool = True
 
@@ -229,12 +230,24 @@ def text_corpus(n_scenes: int = 2000) -> Iterator[str]:
             yield PROMPT_WITH_PICTURE.format(question=question.text) + " " + question.answer
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cross-entropy of the answers; the logits where there are labels; the tower's last hidden states if there are
-    pictures."""
-    seen: list[Tensor] = []
-    tower = model.model.vision_tower
-    handle = tower.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+@dataclass
+class Seen:
+    """What the vision tower and the projector gave in a forward."""
+
+    tower: Tensor
+    """[pictures, 1 + patches, vision width]"""
+    projected: Tensor
+    """[pictures, patches, width]"""
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Seen | None]:
+    """Cross-entropy of the answers; the logits where there are labels; what was seen, if there are pictures."""
+    parts: list[Tensor] = []
+    modules = (model.model.vision_tower, model.model.multi_modal_projector)
+    handles = [
+        modules[0].register_forward_hook(lambda module, args, output: parts.append(output.last_hidden_state)),
+        modules[1].register_forward_hook(lambda module, args, output: parts.append(output)),
+    ]
     try:
         hidden = model.model(
             input_ids=batch["input_ids"],
@@ -244,10 +257,34 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
             use_cache=False,
         ).last_hidden_state
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     wanted = batch["labels"] != IGNORED
     logits = model.lm_head(hidden[wanted]).float()
-    return F.cross_entropy(logits, batch["labels"][wanted]), logits, seen[0] if seen else None
+    return F.cross_entropy(logits, batch["labels"][wanted]), logits, Seen(*parts) if parts else None
+
+
+def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: Tensor, words: Tensor) -> Tensor:
+    """Visual tokens as words: the output head, which shares its matrix with the word embeddings, should read the kind
+    and the colour off a projected patch that an object covers.
+
+    A question's word and the patch it asks about then resemble each other, and attention has one match to learn instead
+    of one a kind.
+
+    Args:
+        model: the model.
+        projected: the projector's output, [pictures, patches, width].
+        labels: `patch_labels`, [pictures, patches, 3].
+        words: token ids of the kinds and then of the colours, [kinds + colours].
+    """
+    kinds, colours = labels[..., 0], labels[..., 1]
+    covered = kinds > 0
+    logits = model.lm_head(projected[covered]).float()
+    kind_words, colour_words = words[: len(KINDS)], words[len(KINDS) :]
+    return (
+        F.cross_entropy(logits, kind_words[kinds[covered] - 1])
+        + F.cross_entropy(logits, colour_words[colours[covered] - 1])
+    ) / 2
 
 
 @torch.no_grad()
@@ -323,6 +360,7 @@ class _Run:
         quiet: bool,
     ) -> None:
         self.recipe, self.out, self.model, self.labels, self.packer = recipe, out, model, labels, packer
+        self.words = torch.tensor([packer.ids(f" {word}")[0] for word in (*KINDS, *COLOURS)])
         self.modules = nn.ModuleDict({"model": model, "labels": labels})
         self.state = _State(out / "state.safetensors", self.modules)
         self.checkpoint_every, self.quiet = checkpoint_every, quiet
@@ -359,13 +397,17 @@ class _Run:
                     self.model.model.vision_tower(batch["pixel_values"]).last_hidden_state, batch
                 )
             else:
-                loss, _, hidden = answer_loss(self.model, batch)
-                total = loss if hidden is None else loss + self.recipe.label_weight * self.labels(hidden, batch)
+                loss, _, seen = answer_loss(self.model, batch)
+                total = loss if seen is None else loss + self._side_losses(seen, batch)
         total.backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
+    def _side_losses(self, seen: Seen, batch: dict[str, Tensor]) -> Tensor:
+        words = word_loss(self.model, seen.projected, batch["patch_labels"], self.words)
+        return self.recipe.label_weight * self.labels(seen.tower, batch) + self.recipe.word_weight * words
 
     def _log(self, phase: str, done: int, total: int, losses: list[float]) -> None:
         line: dict[str, Any] = {"phase": phase, "step": done, "loss": round(float(np.mean(losses)), 4)}
