@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sightline.errors import InputError
@@ -71,7 +70,7 @@ def prepare(model: Any, processor: Any, pictures: Sequence[Image], questions: Se
     """
     prompts = [prompt(processor, question) for question in questions]
     tokenizer = getattr(processor, "tokenizer", processor)
-    start = getattr(tokenizer, "bos_token", None)
+    start = getattr(tokenizer, "bos_token", None) or ""
     # A template that writes the start token itself must not get a second one.
     starts_itself = bool(start) and all(text.startswith(start) for text in prompts)
     options = {"add_special_tokens": False} if starts_itself else {}
@@ -81,7 +80,7 @@ def prepare(model: Any, processor: Any, pictures: Sequence[Image], questions: Se
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and name != "labels"  # PaliGemma's processor makes labels for training
     }
 
 
@@ -114,6 +113,25 @@ def reply(
         margins = yes_margins(output.scores[0], getattr(processor, "tokenizer", processor))
     ends = end_tokens(model)
     return [_reply(processor, tokens, ends, m) for tokens, m in zip(new_BT, margins, strict=True)]
+
+
+def seen(processor: Any, picture: Image) -> tuple[float, float, float, float]:
+    """The part of a picture that the model sees, as left, top, right, bottom in [0, 1]: all of it, or the middle where
+    the processor resizes the shorter side and cuts off the rest."""
+    settings = getattr(processor, "image_processor", None)
+    if not getattr(settings, "do_center_crop", False):
+        return 0.0, 0.0, 1.0, 1.0
+    width, height = picture.size
+    shorter = (getattr(settings, "size", None) or {}).get("shortest_edge")
+    crop = getattr(settings, "crop_size", None) or {}
+    if getattr(settings, "do_resize", True):
+        if shorter is None:
+            return 0.0, 0.0, 1.0, 1.0
+        scale = shorter / min(width, height)
+        width, height = round(width * scale), round(height * scale)
+    x = max(0.0, (1 - crop.get("width", width) / width) / 2)
+    y = max(0.0, (1 - crop.get("height", height) / height) / 2)
+    return x, y, 1 - x, 1 - y
 
 
 def end_tokens(model: Any) -> frozenset[int]:

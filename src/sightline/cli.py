@@ -1,0 +1,369 @@
+"""The command line. What takes seconds to import is imported inside the commands, so that `--help` is there at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from sightline.errors import InputError
+from sightline.files import FULL
+
+BAD_INPUT = 2
+MODEL = "picturebook-nano"
+
+
+class Commands(TyperGroup):
+    """Ends in one sentence and exit code 2 where the input is bad, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            sentence = " ".join(str(error).split())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            sentence = "the disk is full; free some space and give the same command again"
+        typer.echo(f"sightline: {sentence}", err=True)
+        raise typer.Exit(BAD_INPUT)
+
+
+class ManyMethods(TyperCommand):
+    """Lets --methods take several values: `--methods none vhr` means `--methods none --methods vhr`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        following = 0
+        for arg in args:
+            if arg.startswith("-"):
+                following = 1 if arg == "--methods" else 2 if arg.startswith("--methods=") else 0
+            elif following:
+                spread += ["--methods"] * (following > 1)
+                following = 2
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="See what vision-language methods buy and cost, on one model and one machine, side by side.",
+)
+picturebook_app = typer.Typer(no_args_is_help=True, help="The generated picture world.")
+train_app = typer.Typer(no_args_is_help=True, help="Train the built-in model.")
+app.add_typer(picturebook_app, name="picturebook")
+app.add_typer(train_app, name="train")
+
+ModelOption = Annotated[str, typer.Option(help="A built-in model, a folder, or a hub id such as owner/name.")]
+MethodsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Methods to run in turn, several after one --methods: none, vhr, fastervlm:keep=0.25, fastervlm+vista."
+    ),
+]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own by default.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+AttentionOption = Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
+
+
+@app.command(cls=ManyMethods)
+def bench(
+    model: ModelOption = MODEL,
+    benchmark: Annotated[str, typer.Option(help="Which benchmark: pope, chair, skills...")] = "pope",
+    split: Annotated[str | None, typer.Option(help="One of the benchmark's splits; its first by default.")] = None,
+    methods: MethodsOption = None,
+    items: Annotated[int | None, typer.Option(help="How many items (skills: of each skill).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Items a batch.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="The longest answer.")] = None,
+    cost_items: Annotated[int, typer.Option(help="On how many items times are measured; 0 leaves them out.")] = 8,
+    source: Annotated[str | None, typer.Option(help="pope: picturebook or files; chair: picturebook or coco.")] = None,
+    images: Annotated[Path | None, typer.Option(help="pope, chair: the folder of the images.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="pope: the JSON-lines file or their folder.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="chair: the folder of COCO's annotation files.")] = None,
+    synonyms: Annotated[Path | None, typer.Option(help="chair: the original synonym list.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any further option of the benchmark.")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    attention: AttentionOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteCodeOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods on a benchmark: quality with intervals, tokens, times, memory.
+
+    The unmodified model, none, is always run too, because all are compared with it.
+
+    Example: [bold]sightline bench --benchmark pope --split adversarial --methods none fastervlm:keep=0.25 vhr
+    --items 500 --out runs/x[/bold]
+    """
+    _prepare(threads)
+    from sightline.bench import run
+    from sightline.report.table import json_lines, tables
+
+    named = {
+        "source": source,
+        "images": images,
+        "questions": questions,
+        "annotations": annotations,
+        "synonyms": synonyms,
+    }
+    options = {name: str(value) for name, value in named.items() if value is not None}
+    summary = run(
+        model,
+        benchmark,
+        methods or ["none"],
+        out,
+        split=split,
+        items=items,
+        options=options | _options(benchmark, option or []),
+        batch_size=batch_size,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        cost_items=cost_items,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attention,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        typer.echo(json_lines(summary), nl=False)
+    else:
+        Console().print(tables(summary))
+        typer.echo(f"\nThe run is in {summary.folder}; a page to look at: sightline report {summary.folder}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder that `sightline bench` has written.", metavar="RUN")],
+) -> None:
+    """Write a run's report: one HTML file with tables, plots and example pictures.
+
+    Example: [bold]sightline report runs/x[/bold]
+    """
+    from sightline.report.page import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command(cls=ManyMethods)
+def ask(
+    picture: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WEBP, BMP, GIF, TIFF or PPM.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelOption = MODEL,
+    methods: MethodsOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    attention: AttentionOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteCodeOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Ask a model about a picture, with any methods switched on; several --methods give an answer each.
+
+    Example: [bold]sightline ask picture.png "What is there?" --methods none fastervlm:keep=0.25[/bold]
+    """
+    if not question.strip():
+        raise InputError("the question is empty: ask something about the picture")
+    from sightline.models.images import open_picture
+
+    shown = open_picture(picture)
+    _prepare(threads)
+    from sightline.methods import attach, describe, parse_methods
+    from sightline.models.answering import prepare, reply
+    from sightline.models.loading import load
+
+    chosen = [parse_methods(spec) for spec in methods or ["none"]]
+    loaded, processor = load(
+        model,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attention,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    inputs = prepare(loaded, processor, [shown], [question])
+    for own in chosen:
+        with attach(loaded, *own, processor=processor):
+            answer = reply(loaded, processor, inputs, max_new_tokens)[0].text
+        typer.echo(answer if len(chosen) == 1 else f"{describe(own)}: {answer}")
+
+
+@app.command()
+def papers(
+    stretch: Annotated[str | None, typer.Option(help="Only one stretch of the road: reduction, grounding...")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List all papers, and what implements each.
+
+    Example: [bold]sightline papers --stretch grounding[/bold]
+    """
+    from sightline.papers import as_dict
+    from sightline.papers import papers as catalogue
+
+    entries = catalogue(stretch)
+    if as_json:
+        for entry in entries:
+            typer.echo(json.dumps(as_dict(entry), ensure_ascii=False))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("paper", "stretch", "year", "status", "idea"):
+        table.add_column(column, no_wrap=column != "idea")
+    for entry in entries:
+        style = "bold" if entry.object else "dim"
+        table.add_row(entry.slug, entry.stretch, str(entry.year), entry.status, entry.idea, style=style)
+    console = Console()
+    console.print(table)
+    console.print(f"{sum(entry.object is not None for entry in entries)} of {len(entries)} implemented", style="bold")
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the methods, with their parameters and defaults.
+
+    Example: [bold]sightline methods[/bold]
+    """
+    _prepare(None)
+    from sightline.methods import methods as registered
+    from sightline.papers import paper
+
+    described = [
+        {
+            "method": name,
+            "title": paper(name).title,
+            "parameters": {field.name: _plain(field.default) for field in dataclasses.fields(kind)},
+        }
+        for name, kind in registered().items()
+    ]
+    if as_json:
+        for entry in described:
+            typer.echo(json.dumps(entry, ensure_ascii=False))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("method", "parameters and defaults", "paper"):
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
+    for entry in described:
+        parameters = entry["parameters"]
+        assert isinstance(parameters, dict)
+        shown = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        table.add_row(str(entry["method"]), shown, str(entry["title"]))
+    Console().print(table)
+
+
+@picturebook_app.command("draw")
+def picturebook_draw(
+    out: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    n: Annotated[int, typer.Option("-n", help="How many scenes.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = 0,
+    split: Annotated[str, typer.Option(help="train, validation, test or held_out.")] = "train",
+    against: Annotated[bool, typer.Option("--against", help="Scenes against the co-occurrence.")] = False,
+    size: Annotated[int, typer.Option(help="The pictures' side in pixels.")] = 320,
+) -> None:
+    """Draw scenes of the picture world: a PNG file each, a sheet of them all, and their records.
+
+    Example: [bold]sightline picturebook draw --seed 7 -n 12 out/[/bold]
+    """
+    from sightline.errors import unknown
+    from sightline.picturebook.album import write_album
+    from sightline.picturebook.scene import SPLITS
+
+    for known in SPLITS:
+        if split == known:
+            typer.echo(write_album(out, n, split=known, start=1_000_000 * seed, against=against, size=size))
+            return
+    raise unknown("split", split, SPLITS)
+
+
+@train_app.command("nano")
+def train_nano(
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
+        Path("runs/train-nano")
+    ),
+    size: Annotated[str, typer.Option(help="nano, or pico for minutes instead of hours.")] = "nano",
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the scenes.")] = 0,
+    warm_up_steps: Annotated[int | None, typer.Option(help="Steps of the vision tower alone.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures a step.")] = None,
+    compile_layers: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the layers first.")] = True,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train the built-in model from nothing, on scenes drawn as it goes.
+
+    Example: [bold]sightline train nano --size pico --seed 1 --out runs/pico-1[/bold]
+    """
+    from sightline.models.picturebook_vlm import SHAPES
+
+    if size not in SHAPES:
+        from sightline.errors import unknown
+
+        raise unknown("size", size, SHAPES)
+    _prepare(threads)
+    from sightline.training.nano import Recipe, train
+
+    given: dict[str, Any] = {"warm_up_steps": warm_up_steps, "steps": steps, "batch": batch}
+    recipe = Recipe(
+        size=size,
+        seed=seed,
+        compile=compile_layers,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    typer.echo(train(recipe, out, threads=threads or 1))
+
+
+def _prepare(threads: int | None) -> None:
+    """Sets the threads, and silences what transformers says about loading."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _options(benchmark: str, given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs, each value in the type of the benchmark's option of that name."""
+    from sightline.benchmarks.item import get_benchmark
+
+    hints = get_type_hints(type(get_benchmark(benchmark)))
+    options: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"give an option of the benchmark as NAME=VALUE, not {pair!r}")
+        kind = hints.get(name)
+        kinds = get_args(kind) or (kind,)
+        try:
+            if bool in kinds:
+                options[name] = {"true": True, "false": False}[value.lower()]
+            else:
+                options[name] = int(value) if int in kinds else value
+        except (KeyError, ValueError):
+            what = "true or false" if bool in kinds else "a whole number"
+            raise InputError(f"{name} must be {what}, not {value!r}") from None
+    return options
+
+
+def _plain(value: object) -> Any:
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)

@@ -1,0 +1,155 @@
+"""Plots as SVG text: what a method costs against how good it is, and intervals beside a table.
+
+Colours are CSS variables of the page (`--c` of the classes s0, s1, ...), so that a plot follows its light and dark
+dress. All text is escaped here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 520, 330
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 14, 46
+LABEL_HEIGHT = 15
+CHARACTER = 6.6
+"""Width of a character of a label, in pixels, on average."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method in a plot: where it stands, its interval on the y axis, and what is told when the mouse is on it."""
+
+    name: str
+    series: int
+    x: float
+    y: float
+    low: float
+    high: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear map from data to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers that cover [low, high], at most `most` steps of 1, 2 or 5 times a power of ten apart.
+
+    >>> ticks(71, 88), ticks(0, 1.9)
+    ([70.0, 75.0, 80.0, 85.0, 90.0], [0.0, 0.5, 1.0, 1.5, 2.0])
+    """
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power * most >= span * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def scatter(points: Sequence[Point], x_label: str, y_label: str, *, x_from_zero: bool = True) -> str:
+    """Quality against cost: a dot with its interval for each method. The first point is the unmodified model, whose
+    value and interval run across the plot."""
+    xs = ticks(*_bounds([point.x for point in points], x_from_zero))
+    ys = ticks(*_bounds([value for point in points for value in (point.low, point.high)], False))
+    x_of = Scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
+    y_of = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
+    base = points[0]
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against '
+        f'{escape(x_label)}">'
+    ]
+    for tick in ys:
+        y = y_of(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in xs:
+        x = x_of(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    high, low = y_of(base.high), y_of(base.low)
+    parts.append(
+        f'<rect class="band" x="{LEFT}" y="{high:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{low - high:.1f}"/>'
+        f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(base.y):.1f}" y2="{y_of(base.y):.1f}"/>'
+    )
+    for point, (label_x, label_y, anchor) in zip(points, _label_places(points, x_of, y_of), strict=True):
+        x, y = x_of(point.x), y_of(point.y)
+        top, bottom = y_of(point.high), y_of(point.low)
+        parts.append(
+            f'<g class="s{point.series}"><title>{escape(point.tip)}</title>'
+            f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            f'<line class="whisker" x1="{x - 4:.1f}" x2="{x + 4:.1f}" y1="{top:.1f}" y2="{top:.1f}"/>'
+            f'<line class="whisker" x1="{x - 4:.1f}" x2="{x + 4:.1f}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>'
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
+            f'<text class="name" x="{label_x:.1f}" y="{label_y + 4:.1f}" text-anchor="{anchor}">{escape(point.name)}'
+            "</text></g>"
+        )
+    middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(
+        f'<text class="axis" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis" transform="translate(13 {middle_y}) rotate(-90)" text-anchor="middle">{escape(y_label)}'
+        "</text></svg>"
+    )
+    return "".join(parts)
+
+
+def interval(value: float, low: float, high: float, bounds: tuple[float, float], base: float, series: int) -> str:
+    """A dot and its interval on a line that all rows of a table share; a vertical stroke marks the unmodified model."""
+    x_of = Scale(*bounds, 6, 194)
+    return (
+        f'<svg class="interval s{series}" viewBox="0 0 200 22" aria-hidden="true">'
+        '<line class="grid" x1="0" x2="200" y1="11" y2="11"/>'
+        f'<line class="base" x1="{x_of(base):.1f}" x2="{x_of(base):.1f}" y1="1" y2="21"/>'
+        f'<line class="whisker" x1="{x_of(low):.1f}" x2="{x_of(high):.1f}" y1="11" y2="11"/>'
+        f'<circle class="dot" cx="{x_of(value):.1f}" cy="11" r="5"/></svg>'
+    )
+
+
+def _bounds(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.06 * ((high - low) or abs(high) or 1.0)
+    return (0.0 if from_zero else low - margin), high + margin
+
+
+def _label_places(points: Sequence[Point], x_of: Scale, y_of: Scale) -> list[tuple[float, float, str]]:
+    """Where each name goes: right of its dot, or left of it near the right edge, moved up or down until it covers no
+    dot, no interval and no other name."""
+    dots = [(x_of(point.x) - 7, y_of(point.y) - 7, x_of(point.x) + 7, y_of(point.y) + 7) for point in points]
+    lines = [(x_of(point.x) - 5, y_of(point.high), x_of(point.x) + 5, y_of(point.low)) for point in points]
+    taken: list[tuple[float, float, float, float]] = []
+    places = []
+    for point in points:
+        x, y = x_of(point.x), y_of(point.y)
+        width = CHARACTER * len(point.name)
+        sides = [(x + 10, x + 10 + width, "start"), (x - 10 - width, x - 10, "end")]
+        sides = [side for side in sides if side[0] >= LEFT and side[1] <= WIDTH] or sides[:1]
+        shifts = [sign * LABEL_HEIGHT * step / 2 for step in range(16) for sign in (-1, 1)]
+        options = [
+            (left, min(max(y + shift, TOP + 6), HEIGHT - BOTTOM - 6), right, anchor)
+            for shift in shifts
+            for left, right, anchor in sides
+        ]
+        boxes = [(left, at - LABEL_HEIGHT / 2, right, at + LABEL_HEIGHT / 2) for left, at, right, _ in options]
+        free = [
+            option
+            for option, box in zip(options, boxes, strict=True)
+            if not any(_meet(box, b) for b in dots + taken + lines)
+        ]
+        left, at, right, anchor = (free or options)[0]
+        taken.append((left, at - LABEL_HEIGHT / 2, right, at + LABEL_HEIGHT / 2))
+        places.append((left if anchor == "start" else right, at, anchor))
+    return places
+
+
+def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
