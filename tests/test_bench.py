@@ -135,9 +135,9 @@ def test_answers_are_those_of_plain_generate_one_by_one(checkpoint: str, tmp_pat
             assert row["yes_logit_margin"] == pytest.approx(margin, abs=2e-4)
 
 
-def test_the_unmodified_model_is_always_run_and_first(checkpoint: str, tmp_path: Path) -> None:
+def test_the_unmodified_model_is_first_and_methods_run_once_as_they_were_spelt(checkpoint: str, tmp_path: Path) -> None:
     summary = small_run(checkpoint, tmp_path, ["fastervlm:keep=0.10", "fastervlm:keep=0.1"], items=3)
-    assert [method.method for method in summary.methods] == ["none", "fastervlm:keep=0.1"]
+    assert [method.method for method in summary.methods] == ["none", "fastervlm:keep=0.10"]
 
 
 def test_items_fall_into_batches_of_one_limit_each() -> None:

@@ -30,7 +30,7 @@ from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.summary import Summary, summarise
 from sightline.errors import InputError
 from sightline.files import write_json
-from sightline.methods import Method, attach, describe, parse_methods
+from sightline.methods import Method, attach, parse_methods
 from sightline.models.anatomy import Anatomy
 from sightline.models.answering import prepare, reply, seen
 from sightline.models.loading import load
@@ -271,11 +271,12 @@ def _measure_costs(runner: _Runner, info: Mapping[str, Any], n: int, quiet: bool
 
 
 def _chosen(specs: Sequence[str]) -> dict[str, tuple[Method, ...]]:
-    """Short forms in one spelling, each once, the unmodified model first."""
+    """Methods by the short form as it was given, those that are the same methods once, the unmodified model first."""
     chosen: dict[str, tuple[Method, ...]] = {BASELINE: ()}
     for spec in specs:
         own = parse_methods(spec)
-        chosen[describe(own)] = own
+        if own not in chosen.values():
+            chosen["".join(spec.split())] = own
     return chosen
 
 

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
+LABEL_WORDS: tuple[tuple[str, ...], ...] = (KINDS, COLOURS, SIZES, ("left", "middle", "right"))
+"""What a patch that an object covers is labelled with: the object's kind, colour and size, and the third of the picture
+that its centre is in."""
 COVERED = PATCH_SIZE**2 // 4
 """How many of a patch's pixels an object must own for the patch to carry its label."""
 
@@ -95,7 +98,7 @@ class PatchLabels(nn.Module):
         parts = self.patch(hidden[:, 1:]).split(self.classes, dim=-1)
         losses = [
             F.cross_entropy(part.float().flatten(0, 1), labels.flatten())
-            for part, labels in zip(parts, batch["patch_labels"].unbind(-1), strict=True)
+            for part, labels in zip(parts, batch["patch_labels"].unbind(-1)[: len(parts)], strict=True)
         ]
         kinds, places = self.picture(hidden[:, 0]).float().split((len(KINDS), len(SCENE_TYPES)), dim=-1)
         losses.append(F.binary_cross_entropy_with_logits(kinds, batch["kinds"]))
@@ -104,18 +107,23 @@ class PatchLabels(nn.Module):
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """Kind, colour and size under each patch as class numbers, 0 where no object covers a quarter of it: int64
-    [patches, 3]."""
+    """The `LABEL_WORDS` of the object under each patch as class numbers, 0 where no object covers a quarter of it:
+    int64 [patches, 4]."""
     ids = object_ids(scene, PICTURE_SIZE).astype(np.int64)
     side = PICTURE_SIZE // PATCH_SIZE
     patch_of_pixel = np.arange(PICTURE_SIZE) // PATCH_SIZE
     cell = patch_of_pixel[:, None] * side + patch_of_pixel[None, :]
     n = len(scene.objects)
     counts = np.bincount((cell * (n + 1) + ids + 1).ravel(), minlength=PATCHES * (n + 1)).reshape(PATCHES, n + 1)
-    labels = np.zeros((PATCHES, 3), dtype=np.int64)
+    labels = np.zeros((PATCHES, len(LABEL_WORDS)), dtype=np.int64)
     if n:
         owner = counts[:, 1:].argmax(axis=1)
-        classes = np.array([[KINDS.index(o.kind), COLOURS.index(o.colour), SIZES.index(o.size)] for o in scene.objects])
+        classes = np.array(
+            [
+                [KINDS.index(o.kind), COLOURS.index(o.colour), SIZES.index(o.size), min(int(3 * o.x), 2)]
+                for o in scene.objects
+            ]
+        )
         covered = counts[np.arange(PATCHES), owner + 1] >= COVERED
         labels[covered] = classes[owner[covered]] + 1
     return labels
@@ -265,8 +273,8 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
 
 
 def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: Tensor, words: Tensor) -> Tensor:
-    """Visual tokens as words: the output head, which shares its matrix with the word embeddings, should read the kind
-    and the colour off a projected patch that an object covers.
+    """Visual tokens as words: the output head, which shares its matrix with the word embeddings, should read kind,
+    colour, size and third of the picture off a projected patch that an object covers.
 
     A question's word and the patch it asks about then resemble each other, and attention has one match to learn instead
     of one a kind.
@@ -274,17 +282,18 @@ def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: T
     Args:
         model: the model.
         projected: the projector's output, [pictures, patches, width].
-        labels: `patch_labels`, [pictures, patches, 3].
-        words: token ids of the kinds and then of the colours, [kinds + colours].
+        labels: `patch_labels`, [pictures, patches, 4].
+        words: the token ids of all the classes, in the order of `LABEL_WORDS`.
+
+    Returns:
+        The mean of the four cross-entropies.
     """
-    kinds, colours = labels[..., 0], labels[..., 1]
-    covered = kinds > 0
+    covered = labels[..., 0] > 0
     logits = model.lm_head(projected[covered]).float()
-    kind_words, colour_words = words[: len(KINDS)], words[len(KINDS) :]
-    return (
-        F.cross_entropy(logits, kind_words[kinds[covered] - 1])
-        + F.cross_entropy(logits, colour_words[colours[covered] - 1])
-    ) / 2
+    losses = []
+    for column, names in enumerate(words.split([len(names) for names in LABEL_WORDS])):
+        losses.append(F.cross_entropy(logits, names[labels[..., column][covered] - 1]))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -360,7 +369,7 @@ class _Run:
         quiet: bool,
     ) -> None:
         self.recipe, self.out, self.model, self.labels, self.packer = recipe, out, model, labels, packer
-        self.words = torch.tensor([packer.ids(f" {word}")[0] for word in (*KINDS, *COLOURS)])
+        self.words = torch.tensor([packer.ids(f" {word}")[0] for names in LABEL_WORDS for word in names])
         self.modules = nn.ModuleDict({"model": model, "labels": labels})
         self.state = _State(out / "state.safetensors", self.modules)
         self.checkpoint_every, self.quiet = checkpoint_every, quiet
