@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionSteering(Method):
-    """Multiplies each head's output, before the output projection, by a factor chosen while the prompt is read; the paper's file
-    writes `layers_of` and `head_factors`.
+    """Multiplies each head's output, before the output projection, by a factor chosen while the prompt is read; the
+    paper's file writes `layers_of` and `head_factors`.
 
-    The prompt is read twice in one forward, with the picture and without it, layer by layer: what a head gives in both is what its
-    factor is chosen by, and both are scaled before the layer goes on. From then on the factors are fixed for the row, and
-    a step costs one multiplication.
+    The prompt is read twice in one forward, with the picture and without it, layer by layer: what a head gives in both
+    is what its factor is chosen by, and both are scaled before the layer goes on. From then on the factors are fixed
+    for the row, and a step costs one multiplication.
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"the attention heads' outputs"})
@@ -56,7 +56,9 @@ class AttentionSteering(Method):
         depth = len(anatomy.layers)
         for layer in self.layers_of(depth):
             if not 0 <= layer < depth:
-                raise InputError(f"{self.paper} is asked to steer layer {layer}, but the decoder has layers 0 to {depth - 1}")
+                raise InputError(
+                    f"{self.paper} is asked to steer layer {layer}, but the decoder has layers 0 to {depth - 1}"
+                )
 
     def install(self, boundary: Boundary) -> None:
         for index in self.layers_of(len(boundary.anatomy.layers)):
@@ -66,23 +68,31 @@ class AttentionSteering(Method):
     def streams(self, call: Call) -> Sequence[Stream]:
         return () if self in call.memory else (self.stream(),)
 
-    def _scale(self, layer: int, num_heads: int):  # type: ignore[no-untyped-def]
+    def _scale(self, layer: int, num_heads: int) -> Callable[[Call, Tensor], Tensor]:
         def scale(call: Call, x: Tensor) -> Tensor:
-            heads = x.unflatten(-1, (num_heads, -1))  # [R, T, heads, head_dim]
-            main, rows = slice(0, call.rows), call.stream_rows(self)
             factors: dict[int, Tensor] = call.memory.setdefault(self, {})
-            if rows is not None and layer not in factors:
-                chosen = self.head_factors(heads[main, -1], heads[rows, -1])
-                factors[layer] = chosen[:, None, :, None].to(x.dtype)
+            if layer not in factors:
+                factors[layer] = self._factors(call, x[:, -1].unflatten(-1, (num_heads, -1))).to(x.dtype)
             if len(x) == call.rows:
-                return (heads * factors[layer]).flatten(-2)
-            scaled = heads.clone()
-            scaled[main] *= factors[layer]
+                return x * factors[layer]
+            scaled = x.clone()
+            scaled[: call.rows] *= factors[layer]
+            rows = call.stream_rows(self)
             if rows is not None:
                 scaled[rows] *= factors[layer]
-            return scaled.flatten(-2)
+            return scaled
 
         return scale
+
+    def _factors(self, call: Call, heads: Tensor) -> Tensor:
+        """[B, 1, heads * head_dim], from the outputs [R, heads, head_dim] at the prompt's last position."""
+        rows = call.stream_rows(self)
+        assert rows is not None
+        factors = self.head_factors(heads[: call.rows], heads[rows])
+        # Without a picture both outputs are the same but for rounding, which must not choose heads.
+        if call.bare is not None:
+            factors = factors.masked_fill(call.bare[:, None], 1.0)
+        return factors.repeat_interleave(heads.shape[-1], dim=-1)[:, None]
 
 
 def last_layers(depth: int, share: float) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sightline.errors import InputError
 from sightline.methods import Method
 from sightline.models.boundary import Stream
 
@@ -20,20 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContrastiveDecoding(Method):
-    """Combines the next-token logits of the prompt with those of another view of it; the paper's file writes the `view` and how to
-    `combine` the two.
+    """Combines the next-token logits of the prompt with those of another view of it; the paper's file writes the `view`
+    and how to `combine` the two.
 
-    The view rides in the same forward as extra rows and is fed the tokens that the main rows generate. Its prompt is read once. Random
-    views are drawn from `seed`, the prompt and the picture alone, so that an answer depends neither on the batch it is in nor on
-    torch's global generator.
+    The view rides in the same forward as extra rows and is fed the tokens that the main rows generate. Its prompt is
+    read once. Random views are drawn from `seed`, the prompt and the picture alone, so that an answer depends neither
+    on the batch it is in nor on torch's global generator.
     """
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise InputError(f"seed of {self.paper} must be a whole number from 0 to {2**32 - 1}, not {self.seed!r}")
+
     @abstractmethod
     def view(self, pictures: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-        """The other view of one prompt's pictures, each float32 [3, H, W] in [0, 1] (an image that the model cuts into tiles comes as
-        its tiles, one after another)."""
+        """The other view of one prompt's pictures, each float32 [3, H, W] in [0, 1] (an image that the model cuts into
+        tiles comes as its tiles, one after another)."""
 
     @abstractmethod
     def combine(self, logits: Tensor, view: Tensor) -> Tensor:
@@ -68,14 +74,14 @@ class ContrastiveDecoding(Method):
 
     def _generator(self, call: Call, row: int, pictures: list[Tensor]) -> torch.Generator:
         """A generator on the CPU whose numbers depend on the seed, the prompt and its pictures."""
-        prompt = call.prompt_ids(row * call.beams)
-        words = torch.cat([prompt.cpu().double(), *[picture.mean(dim=(1, 2)).cpu().double() for picture in pictures]])
-        code = zlib.crc32(words.mul(256).round().long().numpy().tobytes())
-        return torch.Generator().manual_seed((self.seed << 32) ^ code)
+        given = torch.cat([torch.tensor([self.seed]), call.prompt_ids(row * call.beams).cpu()]).double()
+        words = torch.cat([given, *[picture.mean(dim=(1, 2)).cpu().double() for picture in pictures]])
+        # The generator is made from 32 bits, so the seed must be mixed in rather than put above them.
+        return torch.Generator().manual_seed(zlib.crc32(words.mul(256).round().long().numpy().tobytes()))
 
 
-def plausible(logits: Tensor, beta: float) -> Tensor:
-    """bool [B, vocabulary]: tokens at least `beta` times as probable as the likeliest one (adaptive plausibility)."""
+def implausible(logits: Tensor, beta: float) -> Tensor:
+    """bool [B, vocabulary]: tokens less than `beta` times as probable as the likeliest one (adaptive plausibility)."""
     if beta == 0:
-        return torch.ones_like(logits, dtype=torch.bool)
-    return logits >= logits.max(dim=-1, keepdim=True).values + torch.log(torch.tensor(beta))
+        return torch.zeros_like(logits, dtype=torch.bool)
+    return logits < logits.amax(dim=-1, keepdim=True) + math.log(beta)

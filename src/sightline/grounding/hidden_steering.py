@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from sightline.methods import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from sightline.models.boundary import Boundary, Call
 
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 class HiddenSteering(Method):
     """Steers a part of every decoder layer; the paper's file writes `direction` and `steer`.
 
-    The directions come from one extra reading of the prompt by the unchanged model, with the picture and without. Only the main rows are
-    steered, not those of another method's branch.
+    The directions come from one extra reading of the prompt by the unchanged model, with the picture and without. Only
+    the main rows are steered, not those of another method's branch.
     """
 
     @abstractmethod
     def direction(self, full: Tensor, text: Tensor) -> Tensor:
-        """The direction of every layer, [B, layers, D], from the layers' outputs at the prompt's last position with the picture
-        (`full`) and without it (`text`), both [B, layers, D]."""
+        """The direction of every layer, [B, layers, D], from the layers' outputs at the prompt's last position with the
+        picture (`full`) and without it (`text`), both [B, layers, D]."""
 
     @abstractmethod
     def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
@@ -46,7 +46,11 @@ class HiddenSteering(Method):
 
     def before_prompt(self, call: Call) -> None:
         if self not in call.memory:
-            call.memory[self] = self.direction(*call.boundary.layer_outputs(call))
+            direction = self.direction(*call.boundary.layer_outputs(call))
+            # Without a picture both readings are the same but for rounding, which must not become a direction.
+            if call.bare is not None:
+                direction = direction.masked_fill(call.bare[:, None, None], 0.0)
+            call.memory[self] = direction[:, :, None].unbind(dim=1)
 
     def _push(self, layer: int) -> Callable[[Call, Tensor], Tensor | None]:
         def push(call: Call, hidden: Tensor) -> Tensor | None:
@@ -56,12 +60,11 @@ class HiddenSteering(Method):
                 first = hidden.shape[1] - (call.input_ids.shape[1] - call.prompt_length)
             if first == hidden.shape[1]:
                 return None
-            main = hidden[: call.rows, first:]
-            steered = self.steer(main, call.memory[self][:, layer, None].to(hidden.dtype))
-            if main.shape == hidden.shape:
-                return steered
+            direction = call.memory[self][layer]
+            if first == 0 and len(hidden) == call.rows:
+                return self.steer(hidden, direction)
             changed = hidden.clone()
-            changed[: call.rows, first:] = steered
+            changed[: call.rows, first:] = self.steer(hidden[: call.rows, first:], direction)
             return changed
 
         return push

@@ -5,10 +5,11 @@ In: next-token logits l [V] of the prompt and l+ [V] of the same prompt with the
     C  = { w : l_w >= log(beta) + max l }               (plausible under the original picture)
     l' = l + alpha * l+   on C,   -inf elsewhere
 
-One of six transformations, with random parameters, is drawn for each prompt. l' is a sum, so its temperature is 1 / (1 + alpha) of the
-model's; `normalise` divides it out (greedy decoding does not change). As in the official code (sangminwoo/RITUAL,
-`ritual_sample.py`) the sum comes before temperature, top-k and top-p. It differs in this: pictures are transformed after the model's
-own resizing, at the size the tower sees, and an image that the model cuts into tiles has every tile transformed in the same way.
+One of six transformations, with random parameters, is drawn for each prompt. l' is a sum, so its temperature is
+1 / (1 + alpha) of the model's; `normalise` divides it out (greedy decoding does not change). As in the official code
+(sangminwoo/RITUAL, `ritual_sample.py`) the sum comes before temperature, top-k and top-p. It differs in this: pictures
+are transformed after the model's own resizing, at the size the tower sees, and an image that the model cuts into tiles
+has every tile transformed in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, plausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
 from sightline.methods import in_range, register
 
 Transformation = Callable[[Tensor], Tensor]
@@ -37,7 +38,8 @@ class Ritual(ContrastiveDecoding):
 
     Args:
         seed: of the choice of transformations.
-        alpha: weight of the transformed view's logits, in [0, 100]; 0 is the stock model (without the restriction to plausible tokens too).
+        alpha: weight of the transformed view's logits, in [0, 100]; 0 is the stock model (without the restriction to
+            plausible tokens too).
         beta: share of the likeliest token's probability that a token needs, in [0, 1]; 0 lets all tokens through.
         normalise: divide by 1 + alpha, which takes out the lower temperature of a sum.
         transform: `random`, or always the same one of `TRANSFORMATIONS`.
@@ -51,6 +53,7 @@ class Ritual(ContrastiveDecoding):
     transform: str = "random"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "alpha", 0, 100)
         in_range(self, "beta", 0, 1)
         if self.transform not in ("random", *TRANSFORMATIONS):
@@ -70,16 +73,14 @@ class Ritual(ContrastiveDecoding):
         return [chosen(picture) for picture in pictures]
 
     def combine(self, logits: Tensor, view: Tensor) -> Tensor:
-        combined = logits + self.alpha * view
+        combined = torch.add(logits, view, alpha=self.alpha)
         if self.normalise:
             combined = combined / (1 + self.alpha)
-        return combined.masked_fill(~plausible(logits, self.beta), -math.inf)
+        return combined.masked_fill(implausible(logits, self.beta), -math.inf)
 
 
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
-
-
 
 
 def horizontal_flip(generator: torch.Generator) -> Transformation:
@@ -108,7 +109,8 @@ def rotation(generator: torch.Generator) -> Transformation:
 
 
 def colour_jitter(generator: torch.Generator) -> Transformation:
-    """Brightness, contrast and saturation by factors uniform in [0, 2], hue by a turn uniform in +-0.5, in random order."""
+    """Brightness, contrast and saturation by factors uniform in [0, 2], hue by a turn uniform in +-0.5, in random
+    order."""
     brightness, contrast, saturation = (_uniform(generator, 0, 2) for _ in range(3))
     hue = _uniform(generator, -0.5, 0.5)
 
@@ -148,18 +150,31 @@ def gaussian_blur(generator: torch.Generator) -> Transformation:
 
 def random_resized_crop(generator: torch.Generator) -> Transformation:
     """A part of 8 to 100 % of the area with sides in a ratio of 3/4 to 4/3, stretched over the whole (bilinear)."""
-    area = _uniform(generator, 0.08, 1)
-    ratio = math.exp(_uniform(generator, math.log(3 / 4), math.log(4 / 3)))
-    wide, high = min(1.0, math.sqrt(area * ratio)), min(1.0, math.sqrt(area / ratio))
-    across, down = _uniform(generator, 0, 1 - wide), _uniform(generator, 0, 1 - high)
+    sizes = [
+        (_uniform(generator, 0.08, 1), math.exp(_uniform(generator, math.log(3 / 4), math.log(4 / 3))))
+        for _ in range(10)
+    ]
+    down, across = _uniform(generator, 0, 1), _uniform(generator, 0, 1)
 
     def crop(picture: Tensor) -> Tensor:
         height, width = picture.shape[-2:]
-        top, left = int(down * height), int(across * width)
-        part = picture[:, top : top + max(1, round(high * height)), left : left + max(1, round(wide * width))]
-        return F.interpolate(part[None], size=(height, width), mode="bilinear", antialias=True)[0]
+        high, wide = _first_that_fits(sizes, height, width)
+        top, left = int(down * (height - high + 1)), int(across * (width - wide + 1))
+        part = picture[:, top : top + high, left : left + wide]
+        return F.interpolate(part[None], size=(height, width), mode="bilinear")[0]
 
     return crop
+
+
+def _first_that_fits(sizes: list[tuple[float, float]], height: int, width: int) -> tuple[int, int]:
+    """Height and width of the first part (share of the area, ratio of width to height) that lies within the picture; if
+    none does, of the largest part of a ratio that is allowed."""
+    for share, ratio in sizes:
+        area = share * height * width
+        high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < high <= height and 0 < wide <= width:
+            return high, wide
+    return min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
 
 
 TRANSFORMATIONS: dict[str, Callable[[torch.Generator], Transformation]] = {
@@ -170,7 +185,8 @@ TRANSFORMATIONS: dict[str, Callable[[torch.Generator], Transformation]] = {
     "gaussian_blur": gaussian_blur,
     "random_resized_crop": random_resized_crop,
 }
-"""The six of the paper. Each draws its parameters from a generator and gives a function of pictures [3, H, W] in [0, 1]."""
+"""The six of the paper. Each draws its parameters from a generator and gives a function of pictures [3, H, W] in
+[0, 1]."""
 
 
 def grey(picture: Tensor) -> Tensor:
@@ -185,11 +201,17 @@ def turn_hue(picture: Tensor, turn: float) -> Tensor:
     red, green, blue = picture
     safe = torch.where(spread == 0, 1.0, spread)
     hue = torch.where(
-        value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     hue = hue / 6 + turn
     channels = []
-    for offset in (5, 3, 1):  # red, green, blue: value - spread * clamp(min(k, 4 - k), 0, 1), k = (offset + 6 hue) mod 6
+    for offset in (
+        5,
+        3,
+        1,
+    ):  # red, green, blue: value - spread * clamp(min(k, 4 - k), 0, 1), k = (offset + 6 hue) mod 6
         k = (offset + 6 * hue) % 6
         channels.append(value - spread * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels)

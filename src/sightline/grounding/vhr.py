@@ -1,21 +1,21 @@
 """VHR: heads that look at the picture speak louder (He et al., ACL 2025, arXiv:2412.13949).
 
-In: the head outputs A [heads, d] at the prompt's last position, with the picture and without it. Out: the same heads, those whose output
-depends on the picture more than the layer's median does multiplied by alpha, from the prompt on.
+In: the head outputs A [heads, d] at the prompt's last position, with the picture and without it. Out: the same heads,
+those whose output depends on the picture more than the layer's median does multiplied by alpha, from the prompt on.
 
-    VHD_i = || A_i(picture, text) - A_i(text) ||_2                                     (vision-aware head divergence)
-    VHD_i := 0  where  VHD_i > mean + std  and  ||A_i(text)||^2 > mean + std           (heads that fire because the picture is missing)
+    VHD_i = || A_i(picture, text) - A_i(text) ||_2                             (vision-aware head divergence)
+    VHD_i := 0  where  VHD_i > mean + std  and  ||A_i(text)||^2 > mean + std   (fires because the picture is missing)
     A_i   := alpha * A_i  where  VHD_i > median(VHD)
 
-Layer by layer: both prompts run through the decoder together, and earlier layers are already reinforced, in both, when a layer's heads are
-chosen (the paper does not say whether the text prompt is scaled too; scaling both keeps their difference the picture). The
-text prompt is the prompt with its visual tokens deleted, its positions closed up.
+Layer by layer: both prompts run through the decoder together, and earlier layers are already reinforced, in both, when
+a layer's heads are chosen (the paper does not say whether the text prompt is scaled too; scaling both keeps their
+difference the picture). The text prompt is the prompt with its visual tokens deleted, its positions closed up.
 
-Why it works: with r = residual + attention output and y the head's part of it, the feed-forward block sees a scale-free norm of r, and
-cos(r + (alpha - 1) y, y) >= cos(r, y) for alpha > 1.
+Why it works: with r = residual + attention output and y the head's part of it, the feed-forward block sees a scale-free
+norm of r, and cos(r + (alpha - 1) y, y) >= cos(r, y) for alpha > 1.
 
-No official code could be read; the algorithm box of the paper is followed. The published layers are, for a decoder of 32, the second and
-the last 14; other depths take the same shares.
+No official code could be read; the algorithm box of the paper is followed. The published layers are, for a decoder of
+32, the second and the last 14; other depths take the same shares.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class VHR(AttentionSteering):
     """Reinforces the vision-aware heads of some decoder layers.
 
     Args:
-        alpha: what their outputs are multiplied by, in [0, 10]. 1 is the stock model; the paper uses 2, and 4 breaks its models.
+        alpha: what their outputs are multiplied by, in [0, 10]. 1 is the stock model; the paper uses 2, and 4 breaks
+            its models.
         layers: the layers to steer (0-based); None for the paper's: the second and the last 14 of 32.
         remove_outliers: leave out heads that fire because the picture is missing.
         keep_positions: let the text of the picture-less prompt keep its positions instead of closing up.
@@ -53,6 +54,8 @@ class VHR(AttentionSteering):
 
     def __post_init__(self) -> None:
         in_range(self, "alpha", 0, 10)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))  # a list cannot be hashed
 
     @property
     def is_identity(self) -> bool:
@@ -63,7 +66,7 @@ class VHR(AttentionSteering):
 
     def layers_of(self, depth: int) -> Sequence[int]:
         if self.layers is not None:
-            return self.layers
+            return sorted(set(self.layers))
         return sorted({min(1, depth - 1), *last_layers(depth, 14 / 32)})
 
     def stream(self) -> Stream:

@@ -2,23 +2,25 @@
 
 Two parts, both without training. In: the prompt, with the picture and without. Out: next-token logits.
 
-*Visual steering vector.* v^l = h^l(picture, text) - h^l(text), the difference of layer l's output at the prompt's last position, measured on
-the unsteered model. It tilts the output m of every layer's feed-forward part, at every position, in direction only:
+*Visual steering vector.* v^l = h^l(picture, text) - h^l(text), the difference of layer l's output at the prompt's last
+position, measured on the unsteered model. It tilts the output m of every layer's feed-forward part, at every position,
+in direction only:
 
     kappa = 1 + max(0, cos(m, -v))
-    m := ||m|| * unit( unit(m) + strength * kappa * unit(v) )                                  (scale="unit", site="mlp": the official code)
-    h := ||h|| * unit( h + strength * v )                                                       (scale="raw", site="residual": the paper)
+    m := ||m|| * unit( unit(m) + strength * kappa * unit(v) )         (scale="unit", site="mlp": the official code)
+    h := ||h|| * unit( h + strength * v )                             (scale="raw", site="residual": the paper)
 
-*Self-logits augmentation.* The head reads a window W of late layers too: o := (1 - gamma) o + gamma * mean over W of head(h^l). The official code
-reads the layers' outputs without the final norm (`lens_norm=False`).
+*Self-logits augmentation.* The head reads a window W of late layers too: o := (1 - gamma) o + gamma * mean over W of
+head(h^l). The official code reads the layers' outputs without the final norm (`lens_norm=False`).
 
-The numbers of the paper come from the code, so its form is the default. Left out: the code passes the one difference through a principal
-component analysis, which only adds 1 to the very first coordinate of the first layer. The code's window 25..30 of 32 layers
-becomes, for other depths, the `window` layers before the last.
+The numbers of the paper come from the code, so its form is the default. Left out: the code passes the one difference
+through a principal component analysis, which only adds 1 to the very first coordinate of the first layer. The code's
+window 25..30 of 32 layers becomes, for other depths, the `window` layers before the last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -42,8 +44,8 @@ class Vista(HiddenSteering):
     """Steers the decoder towards what the picture added, and lets late layers vote on the next token.
 
     Args:
-        strength: lambda of the paper, in [0, 10]; 0 with gamma = 0 is the stock model. The paper uses 0.17 for captions by LLaVA-1.5, 0.01 for
-            yes/no questions.
+        strength: lambda of the paper, in [0, 10]; 0 with gamma = 0 is the stock model. The paper uses 0.17 for captions
+            by LLaVA-1.5, 0.01 for yes/no questions.
         gamma: weight of the late layers' logits, in [0, 1].
         window: how many layers before the last are read.
         site: `mlp` steers the output of the feed-forward part, `residual` the layer's output.
@@ -65,7 +67,7 @@ class Vista(HiddenSteering):
     def __post_init__(self) -> None:
         in_range(self, "strength", 0, 10)
         in_range(self, "gamma", 0, 1)
-        in_range(self, "window", 1, 1000)
+        in_range(self, "window", 1, 1000, whole=True)
         for name, allowed in (("site", ("mlp", "residual")), ("scale", ("unit", "raw")), ("apply_to", ("all", "new"))):
             if getattr(self, name) not in allowed:
                 raise unknown(f"{name} of {self.paper}", str(getattr(self, name)), allowed)
@@ -104,17 +106,20 @@ class Vista(HiddenSteering):
         return self.apply_to == "all"
 
     def direction(self, full: Tensor, text: Tensor) -> Tensor:
-        return full - text
+        difference = full.float() - text.float()
+        return F.normalize(difference, dim=-1) if self.scale == "unit" else difference
 
     def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
-        wide, v = hidden.float(), direction.float()
-        length = wide.norm(dim=-1, keepdim=True)
+        wide = hidden.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if self.scale == "unit":
-            kappa = 1 + F.cosine_similarity(wide, -v, dim=-1).clamp(min=0)[..., None]
-            tilted = F.normalize(wide, dim=-1) + self.strength * kappa * F.normalize(v, dim=-1)
+            # ||m|| times the tilted vector, ||m|| kappa being ||m|| + max(0, -m.v): fewer steps a layer and token.
+            kappa = length + torch.relu((wide * direction).sum(dim=-1, keepdim=True).neg())
+            tilted = torch.addcmul(wide, kappa, direction, value=self.strength)
         else:
-            tilted = wide + self.strength * v
-        return (F.normalize(tilted, dim=-1) * length).to(hidden.dtype)
+            tilted = torch.add(wide, direction, alpha=self.strength)
+        shrink = length / torch.linalg.vector_norm(tilted, dim=-1, keepdim=True).clamp_min(1e-12)
+        return (tilted * shrink).to(hidden.dtype)
 
     def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
         def read(call: Call, hidden: Tensor) -> None:
@@ -129,5 +134,8 @@ class Vista(HiddenSteering):
         late = torch.stack(list(call.memory[self, "late layers"].values()))  # [window, B, D]
         if self.lens_norm:
             late = anatomy.final_norm(late)
-        augmented = anatomy.head_logits(late).to(logits.dtype).mean(dim=0)
-        return (1 - self.gamma) * logits + self.gamma * augmented
+        # The head is linear, so the mean may be taken first: its many weights are read for one row instead of several.
+        augmented = anatomy.head_logits(late.mean(dim=0)).to(logits.dtype)
+        if self.gamma == 1:
+            return augmented.masked_fill(logits == -math.inf, -math.inf)  # what another method has ruled out stays out
+        return torch.add(logits * (1 - self.gamma), augmented, alpha=self.gamma)

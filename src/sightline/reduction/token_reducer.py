@@ -23,21 +23,22 @@ class ImageTokens:
     features: Tensor
     """[n, D]: the connector's output, in the order of the prompt."""
     cls: Tensor | None
-    """float32 [n]: the attention that the tower's [CLS] token pays them, for methods with `needs_cls`. A token that is no
-    patch (a newline) has -inf."""
+    """float32 [n]: the attention that the tower's [CLS] token pays them, for methods with `needs_cls`. A token that is
+    no patch (a newline) has -inf."""
 
 
 @dataclass(frozen=True)
 class TokenReducer(Method):
-    """Keeps the share `keep` of every image's visual tokens, those with the highest scores, in their order; the paper's file
-    writes `scores`.
+    """Keeps the share `keep` of every image's visual tokens, those with the highest scores, in their order; the paper's
+    file writes `scores`.
 
     The others are dropped before the first decoder layer: prefill, cache and decoding all shrink.
 
     Args:
         keep: share of each image's visual tokens that is kept, in (0, 1]; at least one token. 1 is the stock model.
-        positions: `compact` numbers the shortened prompt anew, as if the dropped tokens had never been; `kept` leaves the positions
-            of the survivors as they were, which equals masking the dropped ones. Multi-axis positions (Qwen-VL) are always kept.
+        positions: `compact` numbers the shortened prompt anew, as if the dropped tokens had never been; `kept` leaves
+            the positions of the survivors as they were, which equals masking the dropped ones. Multi-axis positions
+            (Qwen-VL) are always kept.
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})

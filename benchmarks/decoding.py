@@ -1,0 +1,54 @@
+"""What a method of the decoder costs per generated token, once the prompt has been read, as a ratio to the stock model.
+
+On the built-in model, where a step takes milliseconds and so shows every operation that is added, at batch 1 and 32;
+and on a model of a real small one's shape. Targets: RITUAL, which reads two views, at most 1.5 on the built-in model at
+batch 1 (two passes would take 2); steering of heads or of hidden states at most 1.05 on the larger one; all of VISTA,
+which also puts late layers through the output head, at most 1.27, which is what its paper measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from shared.subjects import nano, prompt, small_vlm
+from shared.timing import Row, arguments, in_turns, ratio, seconds_per_token, show
+
+from sightline.methods import methods, parse_methods
+
+CHOSEN = (
+    *(name for name, method in methods().items() if method.__module__.startswith("sightline.grounding.")),
+    "vista:gamma=0",
+)
+
+
+def measure(
+    model: Any, name: str, rows: int, tokens: int, targets: dict[str, float], options: argparse.Namespace
+) -> None:
+    per_token = partial(seconds_per_token, model, prompt(model, rows=rows, text_tokens=20), tokens=tokens)
+    cases = {"stock": partial(per_token, None), "stock once more": partial(per_token, None)}
+    cases |= {text: partial(per_token, parse_methods(text)) for text in CHOSEN}
+    times = in_turns(cases, options.rounds)
+    lines = []
+    for case, taken in times.items():
+        over, most = ratio(taken, times["stock"]), targets.get(case)
+        values = {"ms per token": 1e3 * statistics.median(taken), "ratio to stock": over}
+        lines.append(Row(case, values, "" if most is None else f"<= {most:g}", None if most is None else over <= most))
+    note = f"{name}, 100 visual tokens, {tokens} tokens a generation, the first not counted"
+    show(f"Decoding at batch {rows}", note, lines, options)
+
+
+def main() -> None:
+    options = arguments(__doc__, rounds=7)
+    model, name = nano(options.device)
+    measure(model, name, 1, 48, {"ritual": 1.5}, options)
+    measure(model, name, 32, 12, {}, options)
+    model, name = small_vlm(options.device, torch.float32, patches_a_side=10)
+    measure(model, name, 1, 6, {"vhr": 1.05, "vista:gamma=0": 1.05, "vista": 1.27}, options)
+
+
+if __name__ == "__main__":
+    main()
