@@ -1,12 +1,13 @@
 """What a method is, and how methods attach to a stock model and leave it again.
 
-A `Method` is a frozen dataclass of its paper's hyper-parameters. `attach(model, *methods)` puts methods on one model *instance*:
-through PyTorch hooks and one wrapped bound method (`get_image_features`, where `generate` encodes pictures), never by
-touching a class. Detaching, in whatever way the context ends, takes all of it away. Inside the context everything is plain
-`transformers`: `model.generate(**inputs)`, `model(**inputs)`.
+A `Method` is a frozen dataclass of its paper's hyper-parameters. `attach(model, *methods)` puts methods on one model
+*instance*: through PyTorch hooks and one wrapped bound method (`get_image_features`, where `generate` encodes
+pictures), never by touching a class. Detaching, in whatever way the context ends, takes all of it away. Inside the
+context everything is plain `transformers`: `model.generate(**inputs)`, `model(**inputs)`.
 
-What happens at the boundary of the language model is in `sightline.models.boundary`; the kinds of methods (`TokenReducer`,
-`AttentionSteering`, `HiddenSteering`, `ContrastiveDecoding`, `Strategy`) are the base classes in the folders of their papers.
+What happens at the boundary of the language model is in `sightline.models.boundary`; the kinds of methods
+(`TokenReducer`, `AttentionSteering`, `HiddenSteering`, `ContrastiveDecoding`, `Strategy`) are the base classes in the
+folders of their papers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import dataclasses
 import importlib
 import pkgutil
 import weakref
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sightline.models.boundary import Boundary, Call, Encoded, Stream
     from sightline.models.anatomy import Anatomy
+    from sightline.models.boundary import Boundary, Call, Encoded, Stream
 
 STRETCHES_WITH_METHODS = ("reduction", "grounding", "reasoning")
 
@@ -37,8 +39,8 @@ STRETCHES_WITH_METHODS = ("reduction", "grounding", "reasoning")
 class Method(ABC):
     """Base of all methods: a frozen record of hyper-parameters that knows how to act at the boundary.
 
-    A paper's class sets `paper` (its slug), overrides what it needs of the rest, and validates its fields in `__post_init__` with the
-    helpers `InputError` and `in_range`.
+    A paper's class sets `paper` (its slug), overrides what it needs of the rest, and validates its fields in
+    `__post_init__` with the helpers `InputError` and `in_range`.
     """
 
     paper: ClassVar[str] = ""
@@ -53,20 +55,20 @@ class Method(ABC):
         """Whether these settings leave the model as it is; such a method is not installed at all."""
         return False
 
+    @abstractmethod
     def identity(self) -> Self:
         """A copy at its identity setting."""
-        raise NotImplementedError
 
     def check(self, anatomy: Anatomy) -> None:
         """Raises `InputError` when the method cannot work on this model."""
         if self.needs_cls and anatomy.cls is None:
             raise InputError(
-                f"{self.paper} needs a vision tower with a [CLS] token, which {anatomy.family} lacks; it works on models "
-                "with a CLIP tower (llava, llava_next) or an InternVL tower"
+                f"{self.paper} needs a vision tower with a [CLS] token, which {anatomy.family} lacks; it works on "
+                "models with a CLIP tower (llava, llava_next) or an InternVL tower"
             )
 
-    def install(self, boundary: Boundary) -> None:
-        """Registers the hooks that the method needs inside the decoder (through `boundary.hook`)."""
+    def install(self, boundary: Boundary) -> None:  # noqa: B027  (most need none)
+        """Registers the hooks that the method needs inside the decoder (`boundary.before`, `boundary.after`)."""
 
     def chosen(self, call: Call, encoded: Encoded) -> list[Tensor] | None:
         """Which visual tokens reach the decoder: a bool tensor for each image of the encoded batch, or None for all."""
@@ -76,7 +78,7 @@ class Method(ABC):
         """Extra rows for the forward that is about to read the prompt."""
         return ()
 
-    def before_prompt(self, call: Call) -> None:
+    def before_prompt(self, call: Call) -> None:  # noqa: B027  (most need none)
         """Called once the prompt's rows are fixed, before the decoder reads them."""
 
     def logits(self, call: Call, logits: Tensor) -> Tensor:
@@ -84,9 +86,15 @@ class Method(ABC):
         return logits
 
 
-def in_range(method: Method, name: str, low: float, high: float, *, low_open: bool = False) -> None:
-    """Raises `InputError` unless field `name` of the method lies between the bounds (`low` itself left out if `low_open`)."""
-    value = getattr(method, name)
+def in_range(
+    method: Method, name: str, low: float, high: float, *, low_open: bool = False, whole: bool = False
+) -> None:
+    """Raises `InputError` unless field `name` of the method is a number (`whole`: a whole one) between the bounds,
+    `low` itself left out if `low_open`."""
+    value: Any = getattr(method, name)
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number:
+        raise InputError(f"{name} of {method.paper} must be a {'whole ' if whole else ''}number, not {value!r}")
     if not (low < value if low_open else low <= value) or not value <= high:
         bounds = f"{'(' if low_open else '['}{low:g}, {high:g}]"
         raise InputError(f"{name} of {method.paper} must lie in {bounds}, not {value!r}")
@@ -199,22 +207,21 @@ class Attachment:
 
     def _last_call(self) -> Call | None:
         stack = _ATTACHED.get(self.model, [])
-        if self not in stack:
-            return self._final_call
-        boundary = stack[-1]._boundary
-        return boundary.last_call if boundary is not None else None
+        boundary = stack[-1]._boundary if self in stack else None
+        return self._final_call if boundary is None or boundary.last_call is None else boundary.last_call
 
     def detach(self) -> None:
         """Takes the methods off the model; does nothing when they are off already."""
         stack = _ATTACHED.get(self.model, [])
         if self in stack:
-            self._final_call = self._last_call()
             _rebuild(self.model, [other for other in stack if other is not self])
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
 
@@ -245,8 +252,8 @@ def attach(model: PreTrainedModel, *chosen: Method, processor: Any = None) -> At
 
 def _rebuild(model: PreTrainedModel, stack: list[Attachment]) -> None:
     """Makes the model carry exactly the methods of `stack`; if they do not fit, it is left as it was."""
-    from sightline.models.boundary import Boundary
     from sightline.models.anatomy import Anatomy
+    from sightline.models.boundary import Boundary
 
     wanted = [method for attachment in stack for method in attachment.methods]
     check_composition(wanted)
@@ -258,15 +265,26 @@ def _rebuild(model: PreTrainedModel, stack: list[Attachment]) -> None:
         for method in wanted:
             method.check(anatomy)
         boundary = Boundary(anatomy, active)
-    for attachment in _ATTACHED.get(model, []):
-        if attachment._boundary is not None:
-            attachment._boundary.remove()
-            attachment._boundary = None
+    before = _ATTACHED.get(model, [])
+    for attachment in before:
+        attachment._final_call = attachment._last_call()
+    previous = before[-1]._boundary if before else None
+    if previous is not None:
+        previous.remove()
+    try:
+        if boundary is not None:
+            boundary.install()
+    except BaseException:
+        assert boundary is not None
+        boundary.remove()
+        if previous is not None:
+            previous.install()
+        raise
+    if before:
+        before[-1]._boundary = None
     if stack:
         _ATTACHED[model] = stack
         stack[-1]._boundary = boundary
-        if boundary is not None:
-            boundary.install()
     else:
         _ATTACHED.pop(model, None)
 

@@ -3,11 +3,11 @@
 Every family in `transformers` merges image features into the embeddings and then calls its language model with
 `inputs_embeds`, a mask, positions and a cache. Hooks on both sides of that call are enough to
 
-- *drop visual tokens*: the survivors are gathered, and the mask, which keeps growing from the unpruned length, is cut at every
-  later step;
-- *add rows*: another view of the same prompt (a transformed picture, no picture) rides as extra rows of the batch in the same
-  forward and the same cache. A *transient* stream leaves the cache after the prompt has been read; the others go on with the
-  main rows, fed the same tokens, and follow them when beam search reorders the cache.
+- *drop visual tokens*: the survivors are gathered, and the mask, which keeps growing from the unpruned length, is cut
+  at every later step;
+- *add rows*: another view of the same prompt (a transformed picture, no picture) rides as extra rows of the batch in
+  the same forward and the same cache. A *transient* stream leaves the cache after the prompt has been read; the others
+  go on with the main rows, fed the same tokens, and follow them when beam search reorders the cache.
 
 Shapes as in `sightline.models.rows`; N is the number of visual tokens of the encoded batch.
 """
@@ -76,13 +76,17 @@ class Call:
     prompt_length: int = 0
     """S of the first forward; without a cache later forwards are longer."""
     seen: int = 0
-    """Columns that the caller has given so far."""
+    """Columns that the caller has given before the ones that are read now."""
     reading_prompt: bool = True
     streams: list[Stream] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
     """For the main rows and those of each lasting stream, bool [B, T]: the prompt's columns that may be seen."""
+    last_position: Tensor | None = None
+    """[B, 1] or [A, B, 1]: where the prompt ends, as the caller counts."""
     shift: Tensor | None = None
-    """How far the rows' positions lie behind those the caller counts: [R], or [A, R]."""
+    """How far the rows' positions lie behind those the caller counts: [R, 1], or [A, R, 1]."""
+    padded: bool = False
+    """Whether `real` hides anything."""
     dropped: int = 0
     """S - T."""
     kept: list[list[Tensor]] | None = None
@@ -91,7 +95,7 @@ class Call:
     prompt: tuple[View, Any] | None = None
     """The main view and its mask, while the prompt is read."""
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         return len(self.input_ids)
 
@@ -99,6 +103,12 @@ class Call:
     def beams(self) -> int:
         """How many rows were made of each row that was encoded."""
         return max(1, int(self.visual.sum()) // max(1, len(self.encoded.features)))
+
+    @functools.cached_property
+    def bare(self) -> Tensor | None:
+        """bool [B]: rows without a picture, which methods leave as the stock model has them; None if all have one."""
+        bare = ~self.visual.any(dim=1)
+        return bare if bool(bare.any()) else None
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
@@ -158,11 +168,13 @@ class Boundary:
         self.anatomy, self.methods = anatomy, list(methods)
         self.last_call: Call | None = None
         self._undo: list[Callable[[], None]] = []
-        self._calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
+        # The call of each cache that was filled here; None for a prompt without pictures.
+        self._calls: weakref.WeakKeyDictionary[Any, Call | None] = weakref.WeakKeyDictionary()
         self._encoded: Encoded | None = None
         self._cls: list[Tensor] = []
-        self._call: Call | None = None
-        self._begins: tuple[Tensor, Tensor, Tensor | None, bool] | None = None
+        self._begins: Callable[[], Call] | None = None
+        self._call: Call | None = None  # set from the inputs of `base` to the output of the language model
+        self._spoken: Call | None = None  # set from there to the output of the model
         self._quiet = False
         self._encode: Callable[..., Any] = anatomy.base.get_image_features
 
@@ -198,7 +210,7 @@ class Boundary:
         while self._undo:
             self._undo.pop()()
         self._calls.clear()
-        self._call = self._encoded = None
+        self._call = self._spoken = self._begins = self._encoded = None
 
     def _hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
         put = module.register_forward_pre_hook if before else module.register_forward_hook
@@ -234,7 +246,8 @@ class Boundary:
         return Encoded(inputs, _flat(output.pooler_output), [_flat(one) for one in deepstack], list(self._cls)), output
 
     def encode_changed(self, call: Call, change: Callable[[Tensor, int], Tensor]) -> Encoded:
-        """The call's pictures after `change(picture, index of the image)`, encoded again (see `Anatomy.map_pictures`)."""
+        """The call's pictures after `change(picture, index of the image)`, encoded again (see
+        `Anatomy.map_pictures`)."""
         changed = self.anatomy.map_pictures(call.inputs, change)
         return self._encode_pictures(**{name: changed[name] for name in call.encoded.inputs})[0]
 
@@ -243,42 +256,61 @@ class Boundary:
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
+        self._call = self._spoken = self._begins = None
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+            raise InputError("with methods attached a prompt may hold pictures, but no videos")
         if cache is not None and cache.get_seq_length() > 0:
-            return self._go_on(self._calls.get(cache), ids, args, kwargs)
-        self._call = self._begins = None
+            return self._go_on(cache, ids, args, kwargs)
         if ids is None:
-            raise InputError("with methods attached the model needs input_ids: inputs_embeds do not show what is visual")
+            raise InputError(
+                "with methods attached the model needs input_ids: inputs_embeds do not show what is visual"
+            )
         visual = self.anatomy.visual_positions(ids)
         if bool(visual.any()):
             mask = kwargs.get("attention_mask")
             _check_prompt(mask, cache)
-            # The pictures may be encoded only now, inside this forward: the call begins at the language model.
-            self._begins = (ids, visual, mask, cache is None)
+            given = encoded.get("image")
+            if given is None:
+                self._encoded = None  # the pictures are encoded inside this forward
+            self._begins = functools.partial(self._begin, ids, visual, mask, given, uncached=cache is None)
         return None
 
-    def _go_on(self, call: Call | None, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A later step of a call that has a cache; of a call that is not ours when `call` is None."""
-        self._call = call
-        if call is None or ids is None:
+    def _go_on(self, cache: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A later step of a call that has a cache, or of a prompt without pictures."""
+        if cache not in self._calls:
+            raise InputError(
+                "with methods attached a prompt is read from its start, but this cache was filled outside the context"
+            )
+        call = self._call = self._calls[cache]
+        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
+            raise InputError(
+                "with methods attached no picture can join a prompt whose cache is kept; start a new prompt, and read "
+                "it in one piece (without prefill_chunk_size)"
+            )
+        if call is None:
             return None
-        if bool(self.anatomy.visual_positions(ids).any()):
-            raise InputError("with methods attached no picture can join a prompt whose cache is kept; start a new prompt")
-        if call.kept is not None:
-            real = call.real[0].long()
-            mask = kwargs.get("attention_mask")
-            prompt = real.shape[1] + call.dropped
-            new = real.new_ones(call.rows, call.seen - prompt + ids.shape[1]) if mask is None else mask[:, prompt:]
-            return args, {**kwargs, "attention_mask": torch.cat([real.to(new.dtype), new], dim=1)}
+        call.seen = cache.get_seq_length() + call.dropped
+        # Before `base`, as some families make a square mask there; those that make positions there need the whole one.
+        if call.kept is not None and ids is not None and not self.anatomy.mrope:
+            mask = _cut_mask(call, kwargs.get("attention_mask"), ids.shape[1])
+            return None if mask is None else (args, {**kwargs, "attention_mask": mask})
         return None
 
-    def _begin(self, ids: Tensor, visual: Tensor, mask: Tensor | None, uncached: bool) -> Call:
+    def _begin(self, ids: Tensor, visual: Tensor, mask: Tensor | None, given: Any, *, uncached: bool) -> Call:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
         call = Call(self, ids, visual, mask, self._encoded, prompt_length=ids.shape[1])
-        if int(visual.sum()) != call.beams * len(self._encoded.features):
+        features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
+        if int(visual.sum()) != len(features):
             raise InputError(
                 f"the prompt has {int(visual.sum())} visual tokens, but the pictures encoded in this context have "
-                f"{len(self._encoded.features)}; encode the pictures and generate inside the same context"
+                f"{len(self._encoded.features)}; encode the pictures and generate inside the same context, and read "
+                "the prompt in one piece (without prefill_chunk_size)"
+            )
+        if given is not None and not torch.equal(_flat(given.pooler_output), features):
+            raise InputError(
+                "the encoded pictures are not those that were encoded last in this context: encode them again"
             )
         before = self.last_call
         if uncached and before is not None and before.encoded is self._encoded and _goes_on(before, ids):
@@ -291,7 +323,7 @@ class Boundary:
         if self._quiet:
             return None
         if self._begins is not None:
-            self._call = self.last_call = self._begin(*self._begins)
+            self._call = self.last_call = self._begins()
             self._begins = None
         call = self._call
         if call is None:
@@ -301,7 +333,6 @@ class Boundary:
             self._read_prompt(call, changed)
         else:
             self._read_more(call, changed)
-        call.seen += kwargs["inputs_embeds"].shape[1]
         return args, changed
 
     def _read_prompt(self, call: Call, kwargs: dict[str, Any]) -> None:
@@ -320,15 +351,19 @@ class Boundary:
         views = [main]
         for stream in call.streams:
             other = stream.encoded
-            views.append(main if other is None else main.with_features(
-                call.spread(other.features), [call.spread(layer) for layer in other.deepstack]
-            ))
+            views.append(
+                main
+                if other is None
+                else main.with_features(call.spread(other.features), [call.spread(layer) for layer in other.deepstack])
+            )
 
         keeps = [self._keep(call, call.encoded)]
         if keeps[0] is not None:
             keeps += [self._keep(call, stream.encoded or call.encoded) for stream in call.streams]
             compact = all(getattr(method, "positions", "compact") == "compact" for method in self.methods)
-            shortened = [view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True) if keep is not None]
+            shortened = [
+                view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True) if keep is not None
+            ]
             views = [view for view, _ in shortened]
             mask = gather_mask(mask, shortened[0][1], views[0].real)
             call.dropped = embeds.shape[1] - views[0].embeds.shape[1]
@@ -341,9 +376,11 @@ class Boundary:
         if len(views) > 1 or call.kept is not None:
             kwargs |= stack_views(views)
             kwargs["attention_mask"] = stack_masks(mask, [view.real for view in views], views[0].embeds.shape[1])
+        call.last_position = positions[..., -1:]
         lasting = 1 + sum(not stream.transient for stream in call.streams)
         call.real = [view.real for view in views[:lasting]]
-        call.shift = torch.cat([positions[..., -1] - view.positions[..., -1] for view in views[:lasting]], dim=-1)
+        call.padded = not all(bool(real.all()) for real in call.real)
+        call.shift = torch.cat([call.last_position - view.positions[..., -1:] for view in views[:lasting]], dim=-2)
         for method in self.methods:
             method.before_prompt(call)
 
@@ -361,31 +398,49 @@ class Boundary:
         if lasting == 1 and call.kept is None:
             return
         assert call.shift is not None
+        assert call.last_position is not None
+        if call.kept is not None and self.anatomy.mrope:
+            kwargs["attention_mask"] = _cut_mask(call, kwargs.get("attention_mask"), embeds.shape[1])
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = call.seen + torch.arange(embeds.shape[1], device=embeds.device)[None]
         elif positions.ndim == 3 and len(positions) == 3:
-            # A plain forward counts multi-axis positions from the length of the cache, which the dropped tokens are not in.
+            # A plain forward counts multi-axis positions from the length of the cache, without the dropped tokens.
             positions = positions + call.dropped
+        elif call.kept is not None:
+            steps = positions[..., -1:] - call.last_position
+            if steps.ndim == 3:  # the text's axis comes first, or (Qwen, on a kept cache) is left out
+                steps = steps[0] if len(positions) > 1 else steps[1:].amin(dim=0)
+            if bool((steps != call.seen - call.prompt_length + embeds.shape[1]).any()):
+                raise _given_again()
         positions = positions.expand(*positions.shape[:-2], call.rows, -1)
-        repeats = [1] * (positions.ndim - 2) + [lasting, 1]
-        kwargs["position_ids"] = positions.repeat(*repeats) - call.shift[..., None]
+        kwargs["position_ids"] = torch.cat([positions] * lasting, dim=-2) - call.shift
         if lasting > 1:
-            kwargs["inputs_embeds"] = embeds.repeat(lasting, 1, 1)
-            prompt = call.real[0].shape[1]
-            since = call.seen - prompt - call.dropped + embeds.shape[1]
+            kwargs["inputs_embeds"] = torch.cat([embeds] * lasting)
+            mask = kwargs.get("attention_mask")
+            if mask is None and not call.padded:
+                return
+            since = call.seen - call.prompt_length + embeds.shape[1]
             new = call.real[0].new_ones(call.rows, since)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                new = mask[:, -since:].bool()
             real = [torch.cat([one, new], dim=1) for one in call.real]
-            kwargs["attention_mask"] = stack_masks(kwargs.get("attention_mask"), real, embeds.shape[1])
+            kwargs["attention_mask"] = stack_masks(mask, real, embeds.shape[1])
 
-    def _after_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = self._call
-        if call is None or self._quiet:
+    def _after_language_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._quiet:
+            return None
+        self._spoken, self._call = self._call, None
+        call, cache = self._spoken, output.past_key_values
+        if call is None:
+            if cache is not None:
+                self._calls[cache] = None
             return None
         hidden: Tensor = output.last_hidden_state
         rows, lasting = call.rows, len(call.real)
         call.hidden = [hidden[i * rows : (i + 1) * rows, -1] for i in range(1, lasting)]
-        cache = output.past_key_values
         if len(hidden) > rows:
             output.last_hidden_state = hidden[:rows]
             for name in ("hidden_states", "attentions"):
@@ -401,20 +456,32 @@ class Boundary:
         return output
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = self._call
+        call, self._spoken = self._spoken, None
         if call is None:
             return None
+        if isinstance(output, tuple):
+            raise InputError("with methods attached the model must return a dict: leave return_dict as it is")
+        wanted = kwargs.get("logits_to_keep", 0)
+        if isinstance(wanted, int) and wanted > 1 and kwargs.get("past_key_values") is not None:
+            raise InputError(
+                "with methods attached tokens are generated one at a time: no assisted decoding and no prompt lookup"
+            )
         last = before = output.logits[:, -1]
         for method in self.methods:
             last = method.logits(call, last)
         if last is not before:
-            output.logits = torch.cat([output.logits[:, :-1], last[:, None].to(output.logits.dtype)], dim=1)
+            if call.bare is not None:
+                last = torch.where(call.bare[:, None], before, last)
+            last = last[:, None].to(before.dtype)
+            single = output.logits.shape[1] == 1
+            output.logits = last if single else torch.cat([output.logits[:, :-1], last], dim=1)
         return output
 
     # --- What methods may ask for ---
 
     def layer_outputs(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What every decoder layer of the *unchanged* model gives at the prompt's last position, with the picture and without.
+        """What every decoder layer of the *unchanged* model gives at the prompt's last position, with the picture and
+        without.
 
         For `Method.before_prompt`; costs one forward of 2 B rows without a cache.
 
@@ -451,13 +518,36 @@ def _restore(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
+def _given_again() -> InputError:
+    return InputError(
+        "with methods attached tokens that are in the cache cannot be given again: give the new tokens only, with the "
+        "attention mask of the whole conversation"
+    )
+
+
 def _check_prompt(mask: Any, cache: Any) -> None:
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise InputError(
+            "with methods attached generation needs the dynamic cache, not a static one: leave cache_implementation out"
+        )
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise InputError("with methods attached, give the ordinary attention_mask of shape [rows, length]")
-    if mask is not None and bool((mask[:, -1] == 0).any()):
-        raise InputError("pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column")
-    if cache is not None and getattr(cache, "is_compileable", False):
-        raise InputError("with methods attached, generation needs the dynamic cache, not a static one")
+    if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
+        raise InputError(
+            "pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column"
+        )
+
+
+def _cut_mask(call: Call, mask: Tensor | None, new: int) -> Tensor | None:
+    """The 2-D mask of the columns in the cache and the `new` ones, from the caller's, which has all columns."""
+    if mask is not None and mask.shape[1] != call.seen + new:
+        raise _given_again()
+    if mask is None and not call.padded:
+        return None
+    real = call.real[0].long()
+    since = call.seen - call.prompt_length + new
+    later = real.new_ones(call.rows, since) if mask is None else mask[:, -since:].long()
+    return torch.cat([real, later], dim=1)
 
 
 def _goes_on(before: Call, ids: Tensor) -> bool:
@@ -490,9 +580,10 @@ def _flat(features: Any) -> Tensor:
 
 def _reorder_together(cache: Any, lasting: int, rows: int) -> None:
     """Makes this one cache reorder the rows of all streams when beam search reorders those of the batch."""
-    reorder = cache.reorder_cache
+    of_class = type(cache).reorder_cache
+    this = weakref.ref(cache)  # a cycle would keep the cache's memory until the garbage collector comes by
 
     def reorder_streams(beam_idx: Tensor) -> None:
-        reorder(torch.cat([beam_idx + stream * rows for stream in range(lasting)]))
+        of_class(this(), torch.cat([beam_idx + stream * rows for stream in range(lasting)]))
 
     cache.reorder_cache = reorder_streams

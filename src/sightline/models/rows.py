@@ -1,8 +1,8 @@
 """Rows that enter the language model: dropping columns of a prompt and stacking views of it, as tensor arithmetic.
 
-Shapes: B rows of the batch, R rows after stacking, S prompt length, T length after dropping, q new tokens, kv keys, D width, A axes of
-multi-axis positions. Masks come in the forms that the families use: None, 2-D [B, S], 4-D [B or 1, 1, q, kv] (bool or additive), or a dict of
-4-D ones by layer type.
+Shapes: B rows of the batch, R rows after stacking, S prompt length, T length after dropping, q new tokens, kv keys, D
+width, A axes of multi-axis positions. Masks come in the forms that the families use: None, 2-D [B, S], 4-D
+[B or 1, 1, q, kv] (bool or additive), or a dict of 4-D ones by layer type.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class View:
     def keeping(self, keep: Tensor, *, compact: bool) -> tuple[View, Tensor]:
         """Drops the visual tokens where `keep` (bool [visual tokens]) is False, and padding where it can.
 
-        The rows stay a rectangle: those that keep fewer are padded on the left. Positions of what stays are left as they are, or,
-        if `compact`, close up (multi-axis positions never do: they are places in the picture).
+        The rows stay a rectangle: those that keep fewer are padded on the left. Positions of what stays are left as
+        they are, or, if `compact`, close up (multi-axis positions never do: they are places in the picture).
 
         Returns:
             The shorter view, and the columns [B, T] of the old one that the new one's come from.
@@ -70,7 +70,8 @@ class View:
         )
 
     def without_picture(self, *, keep_positions: bool) -> View:
-        """The visual tokens hidden from everything, which equals deleting them; the text's positions close up unless kept."""
+        """The visual tokens hidden from everything, which equals deleting them; the text's positions close up unless
+        kept."""
         real = self.real & ~self.visual
         positions = self.positions
         if not keep_positions:
@@ -90,7 +91,8 @@ def map_mask(mask: AttentionMask, change: Callable[[Tensor | None], Tensor | Non
 def gather_mask(mask: AttentionMask, columns: Tensor, real: Tensor) -> AttentionMask:
     """The mask of a prompt of which only `columns` [B, T] are left, of which `real` [B, T] are no padding.
 
-    A 2-D mask, or none, becomes the 2-D mask `real`: with None, positions that have gaps would be taken for several prompts in one row.
+    A 2-D mask, or none, becomes the 2-D mask `real`: with None, positions that have gaps would be taken for several
+    prompts in one row.
     """
     if not isinstance(mask, dict) and (mask is None or mask.ndim == 2):
         return real.long()
@@ -106,8 +108,8 @@ def _gather_square(mask: Tensor, columns: Tensor, real: Tensor) -> Tensor:
 
 
 def hide_keys(mask: Tensor, hidden: Tensor) -> Tensor:
-    """A 4-D mask in which no query sees the keys where `hidden` [R, kv] is True, but for itself: a query that saw nothing at all
-    would give NaN, and what hidden queries give is never read."""
+    """A 4-D mask in which no query sees the keys where `hidden` [R, kv] is True, but for itself: a query that saw
+    nothing at all would give NaN, and what hidden queries give is never read."""
     closed = hidden[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
     queries, keys = mask.shape[-2:]
     itself = torch.arange(keys, device=mask.device) == torch.arange(keys - queries, keys, device=mask.device)[:, None]
@@ -158,5 +160,7 @@ def stack_views(views: Sequence[View]) -> dict[str, Any]:
     if layers:
         stacked["visual_pos_masks"] = torch.cat([view.visual for view in views])
         with_pictures = [view.deepstack for view in views if view.deepstack]
-        stacked["deepstack_visual_embeds"] = [torch.cat([one[layer] for one in with_pictures]) for layer in range(layers)]
+        stacked["deepstack_visual_embeds"] = [
+            torch.cat([one[layer] for one in with_pictures]) for layer in range(layers)
+        ]
     return stacked
