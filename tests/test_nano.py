@@ -15,9 +15,10 @@ from sightline.errors import InputError
 from sightline.models.picturebook_vlm import PROMPT_WITH_PICTURE, build_model, build_processor, build_tokenizer
 from sightline.picturebook.draw import draw, object_ids
 from sightline.picturebook.questions import training_questions
-from sightline.picturebook.scene import COLOURS, KINDS, SIZES, random_stream, sample_scene
+from sightline.picturebook.scene import random_stream, sample_scene
 from sightline.training.nano import (
     IGNORED,
+    LABEL_WORDS,
     Packer,
     Recipe,
     answer_loss,
@@ -25,6 +26,7 @@ from sightline.training.nano import (
     picture_batch,
     text_corpus,
     train,
+    word_loss,
 )
 
 TINY = dict(size="pico", warm_up_steps=3, steps=5, batch=2, warm_up_batch=2, length=180, compile=False, bfloat16=False)
@@ -99,11 +101,14 @@ def test_patch_labels_against_counting_pixels() -> None:
             owners, counts = np.unique(ids[top : top + 8, left : left + 8], return_counts=True)
             best = max(((c, -o) for o, c in zip(owners, counts, strict=True) if o >= 0), default=(0, 0))
             if best[0] < 16:
-                assert labels[patch].tolist() == [0, 0, 0]
+                assert labels[patch].tolist() == [0, 0, 0, 0, 0, 0]
             else:
                 thing = scene.objects[-best[1]]
-                wanted = [KINDS.index(thing.kind), COLOURS.index(thing.colour), SIZES.index(thing.size)]
-                assert labels[patch].tolist() == [number + 1 for number in wanted]
+                across = "left" if thing.x < 1 / 3 else "middle" if thing.x < 2 / 3 else "right"
+                down = "above" if thing.y < 0.5 else "below"
+                words = [names[label - 1] for names, label in zip(LABEL_WORDS, labels[patch], strict=True)]
+                number = sum(other.kind == thing.kind and not other.hidden for other in scene.objects)
+                assert words == [thing.kind, thing.colour, thing.size, across, down, str(number)]
 
 
 def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +169,26 @@ def test_bad_recipes_are_refused() -> None:
         Recipe(steps=0)
     with pytest.raises(InputError, match="did you mean 'nano'"):
         build_model("nanno", None)  # type: ignore[arg-type]
+
+
+def test_visual_tokens_as_words_by_hand(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    model = build_model("pico", tokenizer, seed=1)
+    words = torch.tensor([tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for n in LABEL_WORDS for w in n])
+    assert len(set(words.tolist())) == sum(len(names) for names in LABEL_WORDS)  # one token a word
+    projected = torch.randn(1, 3, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[[2, 1, 3, 1, 2, 4], [0, 0, 0, 0, 0, 0], [24, 8, 1, 3, 1, 1]]])
+    probabilities = (projected[0] @ model.lm_head.weight.T).softmax(-1)
+    firsts = [0, 24, 32, 35, 38, 40]  # where each set of words begins
+    wanted = [
+        -probabilities[patch, words[first + label - 1]].log()
+        for patch in (0, 2)
+        for first, label in zip(firsts, labels[0, patch].tolist(), strict=True)
+    ]
+    torch.testing.assert_close(word_loss(model, projected, labels, words), torch.stack(wanted).mean())
+
+
+def test_queries_and_keys_start_equal(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    model = build_model("pico", tokenizer, seed=1)
+    for layer in model.model.language_model.layers:
+        assert torch.equal(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight

@@ -312,22 +312,12 @@ def train_nano(
 
     Example: [bold]sightline train nano --size pico --seed 1 --out runs/pico-1[/bold]
     """
-    from sightline.models.picturebook_vlm import SHAPES
-
-    if size not in SHAPES:
-        from sightline.errors import unknown
-
-        raise unknown("size", size, SHAPES)
     _prepare(threads)
     from sightline.training.nano import Recipe, train
 
     given: dict[str, Any] = {"warm_up_steps": warm_up_steps, "steps": steps, "batch": batch}
-    recipe = Recipe(
-        size=size,
-        seed=seed,
-        compile=compile_layers,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    changes = {name: value for name, value in given.items() if value is not None}
+    recipe = Recipe.of(size, seed=seed, compile=compile_layers, **changes)
     typer.echo(train(recipe, out, threads=threads or 1))
 
 

@@ -237,15 +237,15 @@ def training_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
     questions = [existence(scene, kind, wording=wording(), told=True) for kind in asked + yes + no]
 
     alone = singles(scene)
-    questions += [colour(scene, kind, wording=wording()) for kind in pick(alone, 3)]
+    questions += [colour(scene, kind, wording=wording()) for kind in pick(alone, 2)]
     questions += [size(scene, kind, wording=wording()) for kind in pick(alone, 1)]
     several = [kind for kind in scene.kinds if len(scene.of_kind(kind)) > 1]
-    # A kind that occurs more than once is rare, and "1" would be the safe answer: ask about those first.
-    countable = several + pick(alone, 1 if several else int(rng.random() < 0.4))
+    # Most kinds occur once, and "1" would be the safe answer: mostly, and twice, ask about those that occur more often.
+    countable = 2 * several + pick(alone, int(rng.random() < (0.5 if several else 0.15)))
     questions += [count(scene, kind, wording=wording()) for kind in countable]
     for ask, axis in ((left_right, "x"), (above_below, "y")):
         pairs = relation_pairs(scene, axis)
-        questions += [ask(scene, *pairs[i], wording=wording()) for i in rng.permutation(len(pairs))[:2]]
+        questions += [ask(scene, *pairs[i], wording=wording()) for i in rng.permutation(len(pairs))[:3]]
     if rng.random() < 0.5:
         questions.append(place(scene, wording=wording()))
     if rng.random() < 0.7:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from sightline.errors import InputError
+from sightline.errors import InputError, unknown
 from sightline.models.picturebook_vlm import (
     PATCH_SIZE,
     PICTURE_SIZE,
@@ -44,16 +44,33 @@ from sightline.models.picturebook_vlm import (
 )
 from sightline.picturebook.draw import draw, object_ids
 from sightline.picturebook.questions import Question, training_questions
-from sightline.picturebook.scene import COLOURS, KINDS, SCENE_TYPES, SIZES, Scene, Split, random_stream, sample_scene
+from sightline.picturebook.scene import (
+    COLOURS,
+    KINDS,
+    MAX_OF_A_KIND,
+    SCENE_TYPES,
+    SIZES,
+    Scene,
+    Split,
+    random_stream,
+    sample_scene,
+)
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 IGNORED = -100
 PATCHES = (PICTURE_SIZE // PATCH_SIZE) ** 2
-LABEL_WORDS: tuple[tuple[str, ...], ...] = (KINDS, COLOURS, SIZES, ("left", "middle", "right"))
-"""What a patch that an object covers is labelled with: the object's kind, colour and size, and the third of the picture
-that its centre is in."""
+LABEL_WORDS: tuple[tuple[str, ...], ...] = (
+    KINDS,
+    COLOURS,
+    SIZES,
+    ("left", "middle", "right"),
+    ("above", "below"),
+    tuple(str(number) for number in range(1, MAX_OF_A_KIND + 1)),
+)
+"""What a patch that an object covers is labelled with: the object's kind, colour and size, the third (across) and half
+(down) of the picture that its centre is in, and how many of its kind are visible."""
 COVERED = PATCH_SIZE**2 // 4
 """How many of a patch's pixels an object must own for the patch to carry its label."""
 
@@ -64,8 +81,8 @@ class Recipe:
 
     size: str = "nano"
     seed: int = 0
-    warm_up_steps: int = 1500
-    steps: int = 10000
+    warm_up_steps: int = 1000
+    steps: int = 6000
     batch: int = 16
     warm_up_batch: int = 48
     length: int = 272
@@ -74,7 +91,7 @@ class Recipe:
     weight_decay: float = 0.05
     text_only_every: int = 4
     label_weight: float = 0.1
-    word_weight: float = 0.2
+    word_weight: float = 0.3
     bfloat16: bool = True
     compile: bool = True
 
@@ -82,6 +99,18 @@ class Recipe:
         for name in ("steps", "batch", "warm_up_batch", "text_only_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+    @staticmethod
+    def of(size: str, **changes: Any) -> Recipe:
+        """The recipe of a size, with some values changed.
+
+        Raises:
+            InputError: for an unknown size.
+        """
+        if size not in SHAPES:
+            raise unknown("size", size, SHAPES)
+        steps = {"warm_up_steps": 400, "steps": 3000} if size == "pico" else {}
+        return Recipe(size=size, **(steps | changes))
 
 
 class PatchLabels(nn.Module):
@@ -108,7 +137,7 @@ class PatchLabels(nn.Module):
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """The `LABEL_WORDS` of the object under each patch as class numbers, 0 where no object covers a quarter of it:
-    int64 [patches, 4]."""
+    int64 [patches, 6]."""
     ids = object_ids(scene, PICTURE_SIZE).astype(np.int64)
     side = PICTURE_SIZE // PATCH_SIZE
     patch_of_pixel = np.arange(PICTURE_SIZE) // PATCH_SIZE
@@ -120,7 +149,14 @@ def patch_labels(scene: Scene) -> np.ndarray:
         owner = counts[:, 1:].argmax(axis=1)
         classes = np.array(
             [
-                [KINDS.index(o.kind), COLOURS.index(o.colour), SIZES.index(o.size), min(int(3 * o.x), 2)]
+                [
+                    KINDS.index(o.kind),
+                    COLOURS.index(o.colour),
+                    SIZES.index(o.size),
+                    min(int(3 * o.x), 2),
+                    int(o.y >= 0.5),
+                    len(scene.of_kind(o.kind)) - 1,
+                ]
                 for o in scene.objects
             ]
         )
@@ -274,7 +310,7 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
 
 def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: Tensor, words: Tensor) -> Tensor:
     """Visual tokens as words: the output head, which shares its matrix with the word embeddings, should read kind,
-    colour, size and third of the picture off a projected patch that an object covers.
+    colour, size, place and number off a projected patch that an object covers.
 
     A question's word and the patch it asks about then resemble each other, and attention has one match to learn instead
     of one a kind.
@@ -282,11 +318,11 @@ def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: T
     Args:
         model: the model.
         projected: the projector's output, [pictures, patches, width].
-        labels: `patch_labels`, [pictures, patches, 4].
+        labels: `patch_labels`, [pictures, patches, 6].
         words: the token ids of all the classes, in the order of `LABEL_WORDS`.
 
     Returns:
-        The mean of the four cross-entropies.
+        The mean of the six cross-entropies.
     """
     covered = labels[..., 0] > 0
     logits = model.lm_head(projected[covered]).float()
