@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
 
 from sightline.errors import InputError, unknown
 from sightline.models.picturebook_vlm import (
@@ -362,7 +363,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: in
     """Runs the recipe, or what is left of it, and returns the folder of the finished checkpoint, `out/checkpoint`.
 
     `out` holds `recipe.json`, `log.jsonl` (one line a hundred steps: loss, learning rate, seconds, and validation
-    accuracy where measured) and `state.safetensors` while the run goes on.
+    accuracy where measured), the tokenizer, and `state.safetensors` while the run goes on.
 
     Raises:
         InputError: if `out` holds a run of another recipe.
@@ -375,7 +376,7 @@ def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: in
         raise InputError(f"{out} holds a run of another recipe; give another folder, or delete it")
     recipe_file.write_text(text)
 
-    tokenizer = build_tokenizer(text_corpus(), SHAPES[recipe.size].vocabulary)
+    tokenizer = _tokenizer(recipe, out / "tokenizer")
     packer = Packer(tokenizer, recipe.length)
     model = build_model(recipe.size, tokenizer, seed=recipe.seed)
     tower = model.model.vision_tower
@@ -462,6 +463,16 @@ class _Run:
                 line["validation"] = validate(self.model, self.recipe, self.packer)
         with (self.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
+
+
+def _tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, learnt once: the weights mean its entries, whatever texts the world gives by then."""
+    if not folder.exists():
+        scratch = folder.with_suffix(".partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        build_tokenizer(text_corpus(), SHAPES[recipe.size].vocabulary).save_pretrained(scratch)
+        scratch.rename(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _finish(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
