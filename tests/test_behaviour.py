@@ -286,6 +286,18 @@ def test_all_methods_at_once() -> None:
         assert tokens(model, batch, num_beams=3) == tokens(model, batch, num_beams=3, use_cache=False)
 
 
+def test_a_token_that_one_method_rules_out_stays_out_in_the_next() -> None:
+    model = model_of("llava")
+    batch = tiny.single("llava", model, 0)
+    with sl.attach(model, sl.Ritual(beta=0.5)), torch.no_grad():
+        out = model(**batch).logits[0, -1].isneginf()
+    with sl.attach(model, sl.Ritual(beta=0.5), sl.Vista(strength=0.0, gamma=1.0)), torch.no_grad():
+        both = model(**batch).logits[0, -1]
+    assert out.any()
+    assert torch.equal(both.isneginf(), out)
+    assert not both.isnan().any()
+
+
 # --- Other towers, other decoders, another precision ---
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -96,16 +96,16 @@ def test_the_prompt_is_read_once_by_all_methods_together(family: str) -> None:
     assert counter.runs == expected_runs(methods, 6, prompt, 4)
 
 
-@each_family
-def test_without_a_cache_pictures_are_encoded_once_all_the_same(family: str) -> None:
-    model = model_of(family)
+@works
+def test_without_a_cache_what_the_prompt_told_is_not_asked_again(name: str, family: str) -> None:
+    model, method = model_of(family), specimen(name)
     batch = tiny.single(family, model, 0)
     with Counter(family) as stock:
         generate(model, batch, use_cache=False)
-    with sl.attach(model, specimen("ritual")), Counter(family) as attached:
+    with sl.attach(model, method), Counter(family) as attached:
         generate(model, batch, use_cache=False)
-    assert attached.encoded == stock.encoded + 1
-    assert [run[0] for run in attached.runs] == [2] * 4
+    assert [rows for rows, _ in attached.runs] == [rows for rows, _ in expected_runs([method], 1, 0, 4)]
+    assert attached.encoded == stock.encoded + isinstance(method, ContrastiveDecoding)
 
 
 # --- The extra rows, against the stock model ---
@@ -196,6 +196,24 @@ def test_a_branch_follows_the_beams_as_the_stock_model_does(family: str) -> None
         got = generate(model, batch, **options)
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "idefics3"])
+def test_a_branch_does_not_see_the_padding_of_later_tokens(family: str) -> None:
+    model, anatomy = model_of(family), anatomy_of(family)
+    batch = tiny.inputs(family, model)
+    mirrored = anatomy.map_pictures(batch, lambda picture, _: picture.flip(-1))
+    later = torch.tensor([[tiny.PAD, tiny.PAD, 7], [4, 5, 6], [tiny.PAD, 8, 9]])
+    mask = torch.cat([batch["attention_mask"], (later != tiny.PAD).long()], dim=1)
+
+    def further(inputs: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            cache = model(**inputs).past_key_values
+            return model(later, attention_mask=mask, past_key_values=cache).logits[:, -1]
+
+    want = further(mirrored)
+    with sl.attach(model, Mirror()):
+        torch.testing.assert_close(further(batch), want, atol=1e-4, rtol=0)
 
 
 # --- What is refused ---

@@ -329,6 +329,18 @@ def test_a_branch_drops_its_own_tokens(family: str, order: str) -> None:
         assert any(one.tolist() != two.tolist() for one, two in zip(kept[0], other[0], strict=True))
 
 
+@each_family
+def test_a_plain_loop_with_a_cache_equals_generate(family: str) -> None:
+    model = model_of(family)
+    one = tiny.single(family, model, 1)
+    with sl.attach(model, EveryOther()), torch.no_grad():
+        want = logits(generate(model, one))
+        out = model(**one)
+        for step in range(NEW_TOKENS):
+            torch.testing.assert_close(out.logits[:, -1], want[:, step], atol=1e-4, rtol=0)
+            out = model(out.logits[:, -1:].argmax(dim=-1), past_key_values=out.past_key_values)
+
+
 # PaliGemma is no model for conversations: whatever is given to it at once sees itself whole, as a prompt does.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
 def test_a_conversation_goes_on_with_the_cache(family: str) -> None:

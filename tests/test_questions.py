@@ -37,6 +37,8 @@ def test_worked_example() -> None:
     assert q.place(SCENE).answer == "sea"
     assert q.left_right(SCENE, "boat", "umbrella").answer == "left"
     assert q.left_right(SCENE, "umbrella", "boat").answer == "right"
+    assert q.where(SCENE, "boat").answer == "left"
+    assert q.where(SCENE, "umbrella").answer == "right"
     assert q.singles(SCENE) == ("boat", "umbrella")
     assert q.relation_pairs(SCENE, "x") == [("boat", "umbrella"), ("umbrella", "boat")]
     assert q.relation_pairs(SCENE, "y") == []  # 0.05 apart, below the margin

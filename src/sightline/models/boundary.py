@@ -77,6 +77,8 @@ class Call:
     """S of the first forward; without a cache later forwards are longer."""
     seen: int = 0
     """Columns that the caller has given before the ones that are read now."""
+    base_counts: bool = False
+    """Whether `base` makes the positions itself (if any), from the length of the cache, without the dropped tokens."""
     reading_prompt: bool = True
     streams: list[Stream] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
@@ -291,6 +293,7 @@ class Boundary:
         if call is None:
             return None
         call.seen = cache.get_seq_length() + call.dropped
+        call.base_counts = kwargs.get("position_ids") is None
         # Before `base`, as some families make a square mask there; those that make positions there need the whole one.
         if call.kept is not None and ids is not None and not self.anatomy.mrope:
             mask = _cut_mask(call, kwargs.get("attention_mask"), ids.shape[1])
@@ -404,8 +407,7 @@ class Boundary:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = call.seen + torch.arange(embeds.shape[1], device=embeds.device)[None]
-        elif positions.ndim == 3 and len(positions) == 3:
-            # A plain forward counts multi-axis positions from the length of the cache, without the dropped tokens.
+        elif call.base_counts:
             positions = positions + call.dropped
         elif call.kept is not None:
             steps = positions[..., -1:] - call.last_position

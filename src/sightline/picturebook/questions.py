@@ -58,6 +58,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "The {kind} is on the left or the right of the {other}?",
         "Left or right: where is the {kind} seen from the {other}?",
     ),
+    "where": (
+        "Where is the {kind}?",
+        "On which side is the {kind}?",
+        "In which part of the picture is the {kind}?",
+        "Tell me where the {kind} is.",
+        "The {kind} is where?",
+    ),
     "above_below": (
         "Is the {kind} above or below the {other}?",
         "Is the {kind} higher or lower than the {other}, above or below?",
@@ -159,6 +166,12 @@ def left_right(scene: Scene, kind: str, other: str, *, wording: int = 0) -> Ques
     return _ask("left_right", answer, ("left", "right"), wording, kind, other)
 
 
+def where(scene: Scene, kind: str, *, wording: int = 0) -> Question:
+    """In which third of the picture the only object of a kind has its centre: left, middle or right."""
+    sides = [third.split()[-1] for third in THIRDS]
+    return _ask("where", _third(_only(scene, kind)).split()[-1], sides, wording, kind)
+
+
 def above_below(scene: Scene, kind: str, other: str, *, wording: int = 0) -> Question:
     """Whether the only `kind` is above the only `other`."""
     answer = "above" if _only(scene, kind).y < _only(scene, other).y else "below"
@@ -197,9 +210,13 @@ def long_caption(scene: Scene, *, told: bool = False, wording: int = 0) -> Quest
     for kind in kinds:
         things = scene.of_kind(kind, hidden=told)
         verb = "is" if len(things) == 1 else "are"
-        where = THIRDS[min(int(3 * things[0].x), 2)] if len(things) == 1 else "around"
-        sentences.append(f"There {verb} {_name(things, with_size=True)} {where}.")
+        place = _third(things[0]) if len(things) == 1 else "around"
+        sentences.append(f"There {verb} {_name(things, with_size=True)} {place}.")
     return _ask("long_caption", " ".join(sentences), (), wording)
+
+
+def _third(thing: Object) -> str:
+    return THIRDS[min(int(3 * thing.x), 2)]
 
 
 def _name(things: Sequence[Object], *, with_size: bool) -> str:
@@ -239,6 +256,7 @@ def training_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
     alone = singles(scene)
     questions += [colour(scene, kind, wording=wording()) for kind in pick(alone, 2)]
     questions += [size(scene, kind, wording=wording()) for kind in pick(alone, 1)]
+    questions += [where(scene, kind, wording=wording()) for kind in pick(alone, 2)]
     several = [kind for kind in scene.kinds if len(scene.of_kind(kind)) > 1]
     # Most kinds occur once, and "1" would be the safe answer: mostly, and twice, ask about those that occur more often.
     countable = 2 * several + pick(alone, int(rng.random() < (0.5 if several else 0.15)))
