@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sightline.models.anatomy import Anatomy
-    from sightline.models.boundary import Boundary, Call, Encoded, Stream
+    from sightline.models.boundary import Boundary
+    from sightline.models.call import Call, Encoded, Stream
 
 STRETCHES_WITH_METHODS = ("reduction", "grounding", "reasoning")
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import Method
-from sightline.models.boundary import Stream
+from sightline.models.call import Stream
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
-    from sightline.models.boundary import Boundary, Call
+    from sightline.models.boundary import Boundary
+    from sightline.models.call import Call
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import Method
-from sightline.models.boundary import Stream
+from sightline.models.call import Stream
 
 if TYPE_CHECKING:
-    from sightline.models.boundary import Call, Encoded
+    from sightline.models.call import Call, Encoded
 
 
 @dataclass(frozen=True)

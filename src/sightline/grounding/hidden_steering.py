@@ -12,7 +12,8 @@ from sightline.methods import Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sightline.models.boundary import Boundary, Call
+    from sightline.models.boundary import Boundary
+    from sightline.models.call import Call
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sightline.grounding.attention_steering import AttentionSteering, last_layers, median
 from sightline.methods import in_range, register
-from sightline.models.boundary import Stream
+from sightline.models.call import Stream
 
 
 @register

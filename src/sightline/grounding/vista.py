@@ -35,7 +35,8 @@ from sightline.methods import in_range, register
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
-    from sightline.models.boundary import Boundary, Call
+    from sightline.models.boundary import Boundary
+    from sightline.models.call import Call
 
 
 @register

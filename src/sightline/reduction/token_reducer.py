@@ -13,7 +13,7 @@ from sightline.errors import InputError
 from sightline.methods import Method, in_range
 
 if TYPE_CHECKING:
-    from sightline.models.boundary import Call, Encoded
+    from sightline.models.call import Call, Encoded
 
 
 @dataclass(frozen=True)
