@@ -340,7 +340,7 @@ def test_train_nano_passes_its_recipe_on(tmp_path: Path, monkeypatch: pytest.Mon
     arguments = ["--size", "pico", "--seed", "3", "--steps", "5", "--no-compile", "--out", str(tmp_path)]
     result = call("train", "nano", *arguments)
     assert result.exit_code == 0, result.output
-    assert taken == [(Recipe(size="pico", seed=3, steps=5, compile=False), tmp_path, 1)]
+    assert taken == [(Recipe.of("pico", seed=3, steps=5, compile=False), tmp_path, 1)]
     assert result.stdout.strip() == str(tmp_path / "checkpoint")
     assert "did you mean 'nano'" in refused("train", "nano", "--size", "nanoo")
     assert "steps must be 1 or more" in refused("train", "nano", "--steps", "0")

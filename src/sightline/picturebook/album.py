@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MOST = 10_000
 GAP = 12
-PAPER = (250, 249, 246)
+BACKGROUND = (250, 249, 246)
 
 
 def write_album(
@@ -68,7 +68,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     side = pictures[0].width
     columns = math.ceil(math.sqrt(len(pictures) * 4 / 3))
     rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), PAPER)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), BACKGROUND)
     for place, picture in enumerate(pictures):
         row, column = divmod(place, columns)
         sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))

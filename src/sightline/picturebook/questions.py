@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 RELATION_MARGIN = 0.15
 """Two centres must be at least this far apart, in picture sides, before left/right or above/below is asked about."""
 
+FAR_APART = 0.4
+"""Pairs at least this far apart are asked about more often in training."""
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "existence": (
         "Is there {a} in the image?",
@@ -54,7 +57,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "left_right": (
         "Is the {kind} to the left or to the right of the {other}?",
         "Is the {kind} left or right of the {other}?",
-        "On which side of the {other} is the {kind}, left or right?",
+        "Do you see the {kind} left or right of the {other}?",
         "The {kind} is on the left or the right of the {other}?",
         "Left or right: where is the {kind} seen from the {other}?",
     ),
@@ -188,11 +191,11 @@ def singles(scene: Scene) -> tuple[str, ...]:
     return tuple(kind for kind in scene.kinds if len(scene.of_kind(kind)) == 1)
 
 
-def relation_pairs(scene: Scene, axis: str) -> list[tuple[str, str]]:
-    """Ordered pairs of single kinds that differ by the margin along `axis`, "x" or "y"."""
+def relation_pairs(scene: Scene, axis: str, margin: float = RELATION_MARGIN) -> list[tuple[str, str]]:
+    """Ordered pairs of single kinds that differ by the margin, in picture sides, along `axis`, "x" or "y"."""
     kinds = singles(scene)
     where = {kind: getattr(_only(scene, kind), axis) for kind in kinds}
-    return [(a, b) for a in kinds for b in kinds if a != b and abs(where[a] - where[b]) >= RELATION_MARGIN]
+    return [(a, b) for a in kinds for b in kinds if a != b and abs(where[a] - where[b]) >= margin]
 
 
 def short_caption(scene: Scene, *, told: bool = False, wording: int = 0) -> Question:
@@ -263,7 +266,12 @@ def training_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
     questions += [count(scene, kind, wording=wording()) for kind in countable]
     for ask, axis in ((left_right, "x"), (above_below, "y")):
         pairs = relation_pairs(scene, axis)
-        questions += [ask(scene, *pairs[i], wording=wording()) for i in rng.permutation(len(pairs))[:3]]
+        # Of pairs that lie far apart the place of either tells the answer; from these the comparison is learnt first.
+        far = relation_pairs(scene, axis, FAR_APART)
+        asked_pairs = [far[i] for i in rng.permutation(len(far))[:3]] + [
+            pairs[i] for i in rng.permutation(len(pairs))[:1]
+        ]
+        questions += [ask(scene, *pair, wording=wording()) for pair in asked_pairs]
     if rng.random() < 0.5:
         questions.append(place(scene, wording=wording()))
     if rng.random() < 0.7:

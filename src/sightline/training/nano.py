@@ -49,6 +49,7 @@ from sightline.picturebook.scene import (
     COLOURS,
     KINDS,
     MAX_OF_A_KIND,
+    PLURALS,
     SCENE_TYPES,
     SIZES,
     Scene,
@@ -69,9 +70,10 @@ LABEL_WORDS: tuple[tuple[str, ...], ...] = (
     ("left", "middle", "right"),
     ("above", "below"),
     tuple(str(number) for number in range(1, MAX_OF_A_KIND + 1)),
+    tuple(PLURALS[kind] for kind in KINDS),
 )
 """What a patch that an object covers is labelled with: the object's kind, colour and size, the third (across) and half
-(down) of the picture that its centre is in, and how many of its kind are visible."""
+(down) of the picture that its centre is in, how many of its kind are visible, and the kind's plural."""
 COVERED = PATCH_SIZE**2 // 4
 """How many of a patch's pixels an object must own for the patch to carry its label."""
 
@@ -138,7 +140,7 @@ class PatchLabels(nn.Module):
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """The `LABEL_WORDS` of the object under each patch as class numbers, 0 where no object covers a quarter of it:
-    int64 [patches, 6]."""
+    int64 [patches, 7]."""
     ids = object_ids(scene, PICTURE_SIZE).astype(np.int64)
     side = PICTURE_SIZE // PATCH_SIZE
     patch_of_pixel = np.arange(PICTURE_SIZE) // PATCH_SIZE
@@ -157,6 +159,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
                     min(int(3 * o.x), 2),
                     int(o.y >= 0.5),
                     len(scene.of_kind(o.kind)) - 1,
+                    KINDS.index(o.kind),
                 ]
                 for o in scene.objects
             ]
@@ -319,11 +322,11 @@ def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: T
     Args:
         model: the model.
         projected: the projector's output, [pictures, patches, width].
-        labels: `patch_labels`, [pictures, patches, 6].
+        labels: `patch_labels`, [pictures, patches, 7].
         words: the token ids of all the classes, in the order of `LABEL_WORDS`.
 
     Returns:
-        The mean of the six cross-entropies.
+        The mean of the seven cross-entropies.
     """
     covered = labels[..., 0] > 0
     logits = model.lm_head(projected[covered]).float()
@@ -495,8 +498,8 @@ def _groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _schedule(step: int, total: int) -> float:
-    """Linear rise over 200 steps, then constant, then a linear fall to nothing over the last quarter."""
-    return min(1.0, (step + 1) / 200, (total - step) / (total / 4))
+    """Linear rise over 200 steps, then constant, then a linear fall to nothing over the last fifth."""
+    return min(1.0, (step + 1) / 200, (total - step) / (total / 5))
 
 
 def _progress(quiet: bool) -> Progress:
