@@ -133,12 +133,16 @@ def one_result(line: dict[str, Any], none: dict[str, Any]) -> Iterator[str]:
     higher = not line["headline"].startswith(("chair", "caption_chair"))
     said = ", ".join(f"{name} {percent(value)}" for name, value in line["scores"].items() if value <= 1)
     yield f"**{line['benchmark']}, {line['split']}** (`{line['method']}`, {line['n']} items, {line['model']}): {said}."
-    yield (
+    compared = (
         f"On {line['headline']}: {with_interval(line)} against {with_interval(none)} of the unmodified model, "
-        f"p = {line['p_value']:.3g}: {verdict(line, none, higher)}. "
-        f"Time per token {times(line['ratio']['time_per_token'])}, "
-        f"first token {times(line['ratio']['time_to_first_token'])}.\n"
+        f"p = {line['p_value']:.3g}: {verdict(line, none, higher)}."
     )
+    if line["time_per_token"] is not None:
+        compared += (
+            f" Time per token {times(line['ratio']['time_per_token'])}, "
+            f"first token {times(line['ratio']['time_to_first_token'])}."
+        )
+    yield compared + "\n"
 
 
 def page(slug: str, method: type[Method]) -> str:
