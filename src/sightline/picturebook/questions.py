@@ -249,26 +249,26 @@ def training_questions(scene: Scene, rng: np.random.Generator) -> list[Question]
     asked: list[str] = []
     if own.anchor in told and rng.random() < 0.5:
         asked.append(own.partner)
-    yes = pick([k for k in scene.kinds if k not in asked], 3 - sum(k in told for k in asked))
+    yes = pick([k for k in scene.kinds if k not in asked], 2 - sum(k in told for k in asked))
     absent = [k for k in KINDS if k not in told and k not in asked and k != own.partner]
     likely = [k for k in absent if k in own.kinds]
     no = pick(likely, int(rng.random() < 0.5))
-    no += pick([k for k in absent if k not in no], 3 - len(no) - sum(k not in told for k in asked))
+    no += pick([k for k in absent if k not in no], 2 - len(no) - sum(k not in told for k in asked))
     questions = [existence(scene, kind, wording=wording(), told=True) for kind in asked + yes + no]
 
     alone = singles(scene)
     questions += [colour(scene, kind, wording=wording()) for kind in pick(alone, 2)]
     questions += [size(scene, kind, wording=wording()) for kind in pick(alone, 1)]
-    questions += [where(scene, kind, wording=wording()) for kind in pick(alone, 2)]
+    questions += [where(scene, kind, wording=wording()) for kind in pick(alone, 1)]
     several = [kind for kind in scene.kinds if len(scene.of_kind(kind)) > 1]
-    # Most kinds occur once, and "1" would be the safe answer: mostly, and twice, ask about those that occur more often.
-    countable = 2 * several + pick(alone, int(rng.random() < (0.5 if several else 0.15)))
+    # Most kinds occur once, and "1" would be the safe answer: ask above all about those that occur more often.
+    countable = 4 * several + pick(alone, int(rng.random() < (0.75 if several else 0.25)))
     questions += [count(scene, kind, wording=wording()) for kind in countable]
     for ask, axis in ((left_right, "x"), (above_below, "y")):
         pairs = relation_pairs(scene, axis)
         # Of pairs that lie far apart the place of either tells the answer; from these the comparison is learnt first.
         far = relation_pairs(scene, axis, FAR_APART)
-        asked_pairs = [far[i] for i in rng.permutation(len(far))[:3]] + [
+        asked_pairs = [far[i] for i in rng.permutation(len(far))[:1]] + [
             pairs[i] for i in rng.permutation(len(pairs))[:1]
         ]
         questions += [ask(scene, *pair, wording=wording()) for pair in asked_pairs]
