@@ -172,7 +172,7 @@ def left_right(scene: Scene, kind: str, other: str, *, wording: int = 0) -> Ques
 def where(scene: Scene, kind: str, *, wording: int = 0) -> Question:
     """In which third of the picture the only object of a kind has its centre: left, middle or right."""
     sides = [third.split()[-1] for third in THIRDS]
-    return _ask("where", _third(_only(scene, kind)).split()[-1], sides, wording, kind)
+    return _ask("where", sides[third(_only(scene, kind))], sides, wording, kind)
 
 
 def above_below(scene: Scene, kind: str, other: str, *, wording: int = 0) -> Question:
@@ -213,13 +213,14 @@ def long_caption(scene: Scene, *, told: bool = False, wording: int = 0) -> Quest
     for kind in kinds:
         things = scene.of_kind(kind, hidden=told)
         verb = "is" if len(things) == 1 else "are"
-        place = _third(things[0]) if len(things) == 1 else "around"
+        place = THIRDS[third(things[0])] if len(things) == 1 else "around"
         sentences.append(f"There {verb} {_name(things, with_size=True)} {place}.")
     return _ask("long_caption", " ".join(sentences), (), wording)
 
 
-def _third(thing: Object) -> str:
-    return THIRDS[min(int(3 * thing.x), 2)]
+def third(thing: Object) -> int:
+    """Which third of the picture an object's centre is in: 0 on the left, 1 in the middle, 2 on the right."""
+    return min(int(3 * thing.x), 2)
 
 
 def _name(things: Sequence[Object], *, with_size: bool) -> str:

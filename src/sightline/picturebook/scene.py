@@ -20,7 +20,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -290,8 +290,3 @@ def _place(rng: np.random.Generator, kind: str, split: Split, others: list[Objec
 def _apart(one: Object, other: Object) -> bool:
     gap = 0.85 * (HALF_EXTENT[one.size] + HALF_EXTENT[other.size])
     return abs(one.x - other.x) >= gap or abs(one.y - other.y) >= gap
-
-
-def without(scene: Scene, kind: str) -> Scene:
-    """The scene without any object of a kind."""
-    return replace(scene, objects=tuple(thing for thing in scene.objects if thing.kind != kind))

@@ -44,7 +44,7 @@ from sightline.models.picturebook_vlm import (
     build_tokenizer,
 )
 from sightline.picturebook.draw import draw, object_ids
-from sightline.picturebook.questions import Question, training_questions
+from sightline.picturebook.questions import Question, third, training_questions
 from sightline.picturebook.scene import (
     COLOURS,
     KINDS,
@@ -53,7 +53,6 @@ from sightline.picturebook.scene import (
     SCENE_TYPES,
     SIZES,
     Scene,
-    Split,
     random_stream,
     sample_scene,
 )
@@ -156,7 +155,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
                     KINDS.index(o.kind),
                     COLOURS.index(o.colour),
                     SIZES.index(o.size),
-                    min(int(3 * o.x), 2),
+                    third(o),
                     int(o.y >= 0.5),
                     len(scene.of_kind(o.kind)) - 1,
                     KINDS.index(o.kind),
@@ -245,33 +244,32 @@ class Packer:
 
 
 class Steps(Dataset[dict[str, Tensor]]):
-    """The batch of each step, made from the step's number alone."""
+    """The batch of each step, made from the step's number alone; without a packer, those of the warm-up."""
 
-    def __init__(self, recipe: Recipe, packer: Packer | None, split: Split = "train", first: int = 0) -> None:
-        self.recipe, self.packer, self.split, self.first = recipe, packer, split, first
+    def __init__(self, recipe: Recipe, packer: Packer | None) -> None:
+        self.recipe, self.packer = recipe, packer
 
     def __len__(self) -> int:
         return self.recipe.warm_up_steps if self.packer is None else self.recipe.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        recipe = self.recipe
-        phase = "warm-up" if self.packer is None else "joint"
-        size = recipe.warm_up_batch if self.packer is None else recipe.batch
-        offset = 10_000_000 * recipe.seed + (5_000_000 if self.packer is None else 0) + self.first
-        scenes = [sample_scene(self.split, offset + step * size + i) for i in range(size)]
-        if self.packer is None:
-            return picture_batch(scenes)
-        rng = random_stream("questions", phase, self.split, recipe.seed, step)
+        recipe, packer = self.recipe, self.packer
+        start = 10_000_000 * recipe.seed
+        if packer is None:
+            first = start + 5_000_000 + step * recipe.warm_up_batch
+            return picture_batch([sample_scene("train", first + i) for i in range(recipe.warm_up_batch)])
+        first = start + step * recipe.batch
+        scenes = [sample_scene("train", first + i) for i in range(recipe.batch)]
+        rng = random_stream("questions", "joint", "train", recipe.seed, step)
         # Counting comes last and needs kinds that occur more than once: half of the scenes without one give way.
         for i, scene in enumerate(scenes):
             if len(scene.kinds) == len(scene.visible) and rng.random() < 0.5:
-                scenes[i] = sample_scene(self.split, offset + 4_000_000 + step * size + i)
+                scenes[i] = sample_scene("train", first + 4_000_000 + i)
         questions: list[list[Question]] = []
         for scene in scenes:
             asked = training_questions(scene, rng)
             questions.append([asked[i] for i in rng.permutation(len(asked))])
-        with_picture = self.split != "train" or step % recipe.text_only_every != 0
-        return self.packer.batch(scenes, questions, with_picture)
+        return packer.batch(scenes, questions, with_picture=step % recipe.text_only_every != 0)
 
 
 def text_corpus(n_scenes: int = 2000) -> Iterator[str]:
@@ -347,12 +345,11 @@ def validate(
     """Teacher-forced accuracy of whole answers on the validation split, by kind of question, and the mean loss."""
     right: dict[str, list[bool]] = {}
     losses: list[float] = []
-    steps = Steps(recipe, packer, "validation")
     for step in range(batches):
         rng = random_stream("questions", "joint", "validation", recipe.seed, step)
         scenes = [sample_scene("validation", step * recipe.batch + i) for i in range(recipe.batch)]
         asked = [training_questions(scene, rng) for scene in scenes]
-        batch = steps.packer.batch(scenes, asked, True) if steps.packer else {}
+        batch = packer.batch(scenes, asked, True)
         loss, logits, _ = answer_loss(model, batch)
         losses.append(loss.item())
         wanted = batch["labels"] != IGNORED
