@@ -66,13 +66,13 @@ def test_four_tokens_by_hand() -> None:
     logits = torch.tensor([[0.6, 0.3, 0.07, 0.03]]).log()
     view = torch.tensor([[0.0, 1.0, -2.0, 50.0]])
     one, two, three = math.log(0.6), math.log(0.3) + 3, math.log(0.07) - 6
-    assert Ritual().combine(logits, view)[0].tolist() == pytest.approx([one, two, three, -math.inf])
-    normal = Ritual(normalise=True).combine(logits, view)[0].tolist()
+    assert Ritual().combine(logits, logits, [view])[0].tolist() == pytest.approx([one, two, three, -math.inf])
+    normal = Ritual(normalise=True).combine(logits, logits, [view])[0].tolist()
     assert normal == pytest.approx([one / 4, two / 4, three / 4, -math.inf])
     # alpha weighs the view; beta 0 lets everything through, beta 1 only the likeliest.
-    everything = Ritual(alpha=0.5, beta=0.0).combine(logits, view)[0].tolist()
+    everything = Ritual(alpha=0.5, beta=0.0).combine(logits, logits, [view])[0].tolist()
     assert everything == pytest.approx([one, math.log(0.3) + 0.5, math.log(0.07) - 1, math.log(0.03) + 25])
-    assert Ritual(beta=1.0).combine(logits, view)[0].tolist() == pytest.approx([one, *[-math.inf] * 3])
+    assert Ritual(beta=1.0).combine(logits, logits, [view])[0].tolist() == pytest.approx([one, *[-math.inf] * 3])
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -80,7 +80,7 @@ def test_the_combination_of_random_logits(normalise: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for alpha, beta in ((3.0, 0.1), (1.0, 0.01), (7.5, 0.5)):
         logits, view = torch.randn(2, 6, 40, generator=generator) * 3
-        combined = Ritual(alpha=alpha, beta=beta, normalise=normalise).combine(logits, view)
+        combined = Ritual(alpha=alpha, beta=beta, normalise=normalise).combine(logits, logits, [view])
         for row in range(6):
             expected = slow_combine(logits[row].tolist(), view[row].tolist(), alpha, beta, normalise)
             torch.testing.assert_close(combined[row], torch.tensor(expected))

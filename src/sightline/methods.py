@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sightline.models.anatomy import Anatomy
+    from sightline.models.anatomy import Anatomy, TowerReading
     from sightline.models.boundary import Boundary
     from sightline.models.call import Call, Encoded, Stream
 
@@ -46,10 +46,21 @@ class Method(ABC):
 
     paper: ClassVar[str] = ""
     """Slug of the paper; the method's name on the command line."""
+    attaches: ClassVar[bool] = True
+    """Whether it acts on a model, and not by asking one several times (a `Strategy`)."""
     needs_cls: ClassVar[bool] = False
     """Whether it reads the attention of the vision tower's [CLS] token."""
+    needs_picture: ClassVar[bool] = False
+    """Whether a batch in which no prompt has a picture is refused. (Of a batch that mixes, the rows without a picture
+    are answered as by the stock model.)"""
+    main_strength: ClassVar[tuple[str, tuple[float, ...]]]
+    """The field that says how strongly the method acts, and the values of it that a sweep tries."""
     changes: ClassVar[frozenset[str]] = frozenset()
     """What only one method at a time may change; two methods that share an entry do not compose."""
+
+    def claims(self) -> frozenset[str]:
+        """Of `changes`, those that hold at these settings."""
+        return self.changes
 
     @property
     def is_identity(self) -> bool:
@@ -67,6 +78,10 @@ class Method(ABC):
                 f"{self.paper} needs a vision tower with a [CLS] token, which {anatomy.family} lacks; it works on "
                 "models with a CLIP tower (llava, llava_next) or an InternVL tower"
             )
+
+    def readings(self, anatomy: Anatomy) -> dict[str, TowerReading]:
+        """What is read off the vision tower, by name, into `Encoded.readings`; a name stands for the same everywhere."""
+        return {"cls": anatomy.cls} if self.needs_cls and anatomy.cls is not None else {}
 
     def install(self, boundary: Boundary) -> None:  # noqa: B027  (most need none)
         """Registers the hooks that the method needs inside the decoder (`boundary.before`, `boundary.after`)."""
@@ -157,7 +172,10 @@ def _parse_value(name: str, key: str, value: str, kind: Any) -> Any:
         if kind in (int, float):
             return kind(value)
         if "tuple" in str(kind):  # layers=1;18;19 (a comma would start the next parameter)
-            return None if value == "none" else tuple(int(part) for part in value.split(";") if part)
+            part_kind = next((one for one in (str, float) if one.__name__ in str(kind)), int)
+            if value == "none" and "None" in str(kind):
+                return None
+            return tuple(part_kind(part) for part in value.split(";") if part)
     except (KeyError, ValueError):
         what = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers with ; between")
         raise InputError(f"parameter {key} of {name} must be {what}, not {value!r}") from None
@@ -296,7 +314,7 @@ def check_composition(chosen: Sequence[Method]) -> None:
         for first in chosen[:position]:
             if type(first) is type(second):
                 raise InputError(f"{first.paper} is given twice; give it once, with the settings you want")
-            shared = first.changes & second.changes
+            shared = first.claims() & second.claims()
             if shared:
                 raise InputError(
                     f"{first.paper} and {second.paper} do not compose: both change {' and '.join(sorted(shared))}"

@@ -1,21 +1,25 @@
-"""The kind of method that changes the outputs of attention heads in the decoder."""
+"""The kinds of methods that steer the decoder's attention: the outputs of its heads, or the logits of visual keys."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sightline.errors import InputError
-from sightline.methods import Method
-from sightline.models.call import Stream
+from sightline.errors import InputError, unknown
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.methods import Method, in_range
+from sightline.models.call import NO_PICTURE, Stream
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
+    from sightline.models.attending import Attended, Attending
     from sightline.models.boundary import Boundary
     from sightline.models.call import Call
 
@@ -30,6 +34,7 @@ class AttentionSteering(Method):
     for the row, and a step costs one multiplication.
     """
 
+    needs_picture: ClassVar[bool] = True
     changes: ClassVar[frozenset[str]] = frozenset({"the attention heads' outputs"})
 
     @abstractmethod
@@ -49,17 +54,12 @@ class AttentionSteering(Method):
         """
 
     def stream(self) -> Stream:
-        """The rows without a picture."""
-        return Stream(self, without_picture=True, transient=True)
+        """The rows without a picture, which are steered too and so are no other method's."""
+        return Stream((self, "no picture"), without_picture=True, transient=True)
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        depth = len(anatomy.layers)
-        for layer in self.layers_of(depth):
-            if not 0 <= layer < depth:
-                raise InputError(
-                    f"{self.paper} is asked to steer layer {layer}, but the decoder has layers 0 to {depth - 1}"
-                )
+        check_layers(self, self.layers_of(len(anatomy.layers)), anatomy)
 
     def install(self, boundary: Boundary) -> None:
         for index in self.layers_of(len(boundary.anatomy.layers)):
@@ -78,7 +78,7 @@ class AttentionSteering(Method):
                 return x * factors[layer]
             scaled = x.clone()
             scaled[: call.rows] *= factors[layer]
-            rows = call.stream_rows(self)
+            rows = call.stream_rows(self.stream().name)
             if rows is not None:
                 scaled[rows] *= factors[layer]
             return scaled
@@ -87,13 +87,212 @@ class AttentionSteering(Method):
 
     def _factors(self, call: Call, heads: Tensor) -> Tensor:
         """[B, 1, heads * head_dim], from the outputs [R, heads, head_dim] at the prompt's last position."""
-        rows = call.stream_rows(self)
+        rows = call.stream_rows(self.stream().name)
         assert rows is not None
         factors = self.head_factors(heads[: call.rows], heads[rows])
         # Without a picture both outputs are the same but for rounding, which must not choose heads.
         if call.bare is not None:
             factors = factors.masked_fill(call.bare[:, None], 1.0)
         return factors.repeat_interleave(heads.shape[-1], dim=-1)[:, None]
+
+
+@dataclass(frozen=True)
+class LogitBoost(Method):
+    """Raises the attention logits of visual keys at the position whose next token is asked for, z := z + f |z|; the
+    paper's file writes `layers_of` and `boosts`.
+
+    Only the last query's row changes, so what the cache holds of earlier positions stays the stock model's. All heads
+    are boosted alike unless `head_weights` says otherwise. Rows of other branches are left alone, and a key that is
+    hidden stays hidden.
+    """
+
+    needs_picture: ClassVar[bool] = True
+    changes: ClassVar[frozenset[str]] = frozenset({"the attention logits"})
+
+    @abstractmethod
+    def layers_of(self, depth: int) -> Sequence[int]:
+        """The layers that are steered, of a decoder of `depth` layers (0-based)."""
+
+    @abstractmethod
+    def boosts(self, call: Call) -> Tensor:
+        """The factor f of each visual token of the encoded batch, float32 [N]."""
+
+    def weighs_heads(self) -> bool:
+        """Whether `head_weights` is asked."""
+        return False
+
+    def head_weights(self, attention: Tensor) -> Tensor:
+        """What f is multiplied by in each head of a layer, [B, heads].
+
+        Args:
+            attention: the attention that each head pays to all visual tokens together at the prompt's last position,
+                with this layer's logits as they are, float32 [B, heads].
+        """
+        return torch.ones_like(attention)
+
+    def boosts_prompt(self) -> bool:
+        """Whether the prompt's own last position is boosted, or only those of generated tokens."""
+        return True
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        check_layers(self, self.layers_of(len(anatomy.layers)), anatomy)
+
+    def install(self, boundary: Boundary) -> None:
+        for index in self.layers_of(len(boundary.anatomy.layers)):
+            boundary.attend(boundary.anatomy.layers[index], self._boost(index))
+
+    def before_prompt(self, call: Call) -> None:
+        heads: dict[int, Tensor] = call.memory.setdefault((self, "head weights"), {})
+        call.memory[self, "boost"] = _Boost(call.on_columns(self.boosts(call)), heads)
+
+    def _boost(self, layer: int) -> Callable[[Call, Attending], Attended]:
+        def change(call: Call, attending: Attending) -> Attended:
+            boost: _Boost = call.memory[self, "boost"]
+            queries = call.new_queries
+            if call.reading_prompt:
+                if self.weighs_heads() and layer not in boost.heads:
+                    boost.heads[layer] = self._weigh(call, attending)
+                if not self.boosts_prompt():
+                    queries -= 1
+                    if queries == 0:
+                        return attending.stock()
+            logits = attending.unmasked(queries)
+            keys = columns = logits.shape[-1]
+            if call.seen:  # sliding layers may hold fewer keys than there are columns: the last ones
+                columns = call.seen - call.dropped + attending.query.shape[2]
+            factors = boost.factors(slice(columns - keys, columns), logits)
+            size = logits.abs()
+            if layer in boost.heads:
+                size *= _more_rows(boost.heads[layer], len(logits))
+            return attending.with_last(attending.masked(torch.addcmul(logits, size, factors)))
+
+        return change
+
+    def _weigh(self, call: Call, attending: Attending) -> Tensor:
+        """`head_weights` of a layer, [B, heads, 1, 1], from the prompt's last position."""
+        assert call.prompt is not None
+        logits = attending.logits(call.new_queries)[: call.rows, :, 0]
+        attention = logits.softmax(dim=-1, dtype=torch.float32)
+        weights = self.head_weights((attention * call.prompt[0].visual[:, None]).sum(dim=-1))
+        return weights.to(logits.dtype)[..., None, None]
+
+
+class _Boost:
+    """The factors of one prompt, laid out for the keys of the step that is computed: layers of a step share them."""
+
+    def __init__(self, columns: Tensor, heads: dict[int, Tensor]) -> None:
+        self.heads = heads
+        """What the factors are multiplied by in the heads of each layer, [B, heads, 1, 1]; none: one."""
+        self._all = columns[:, None, None]  # [B or R, 1, 1, columns and some room]
+        self._shown: tuple[int, int, int] | None = None
+        self._now = columns
+
+    def factors(self, columns: slice, logits: Tensor) -> Tensor:
+        """[R, 1, 1, k] for the keys at `columns`: 0 for generated keys and in the rows of branches."""
+        wanted = (len(logits), columns.start, columns.stop)
+        if wanted != self._shown:
+            rows, length = len(self._all), self._all.shape[-1]
+            if rows < len(logits) or length < columns.stop or self._all.dtype != logits.dtype:
+                self._all = F.pad(self._all, (0, max(0, columns.stop + ROOM - length))).to(logits.dtype)
+                self._all = _more_rows(self._all, max(rows, len(logits)))
+            self._now, self._shown = self._all[: len(logits), ..., columns], wanted
+        return self._now
+
+
+ROOM = 64
+"""Generated keys for which there is room before the factors are laid out anew."""
+
+
+def _more_rows(values: Tensor, rows: int) -> Tensor:
+    """[B, ...] -> [rows, ...], with zeros below."""
+    return (
+        values if len(values) == rows else torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
+    )
+
+
+@dataclass(frozen=True)
+class GuidedBoost(LogitBoost, ContrastiveDecoding):
+    """A boost of visual keys with guidance away from the answer without the picture; the paper's file writes `boosts`.
+
+    With c the log-probabilities of the boosted model and u those without the picture (unboosted),
+
+        out = gamma c + (1 - gamma) u  where  c >= log(0.1) + max c,   -inf elsewhere.
+
+    c and u are logits but for a constant of the row, so this is own + (gamma - 1) (own - branch) on logits, and what is
+    added is added to what other methods have made of the logits.
+
+    Args:
+        alpha: strength of the boost, in [0, 10]; from 1 on, negative logits change their sign.
+        layers: the layers to steer (0-based); None for the published ones: from the third of 32 on, other depths
+            leaving out the same share.
+        gamma: strength of the guidance, in [1, 10]; 1 is none, and all tokens stay possible.
+        boost_prefill: whether the answer's first token is boosted too. `auto`: as released, when there is no guidance
+            (there, a flag that spares the guiding branch is still set while the prompt is read).
+    """
+
+    alpha: float = 0.5
+    layers: tuple[int, ...] | None = None
+    gamma: float = 1.1
+    boost_prefill: Literal["auto", "always", "never"] = "auto"
+
+    def __post_init__(self) -> None:
+        in_range(self, "alpha", 0, 10)
+        in_range(self, "gamma", 1, 10)
+        if self.boost_prefill not in ("auto", "always", "never"):
+            raise unknown(f"boost_prefill of {self.paper}", str(self.boost_prefill), ("auto", "always", "never"))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))  # a list cannot be hashed
+
+    @property
+    def boosted(self) -> bool:
+        """Whether any logit is raised."""
+        return self.alpha > 0 and self.layers != ()
+
+    def claims(self) -> frozenset[str]:
+        return self.changes if self.boosted else frozenset()
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.boosted and self.gamma == 1
+
+    def layers_of(self, depth: int) -> Sequence[int]:
+        return range(round(depth * 2 / 32), depth) if self.layers is None else sorted(set(self.layers))
+
+    def boosts_prompt(self) -> bool:
+        return self.boost_prefill == "always" or (self.boost_prefill == "auto" and self.gamma == 1)
+
+    def install(self, boundary: Boundary) -> None:
+        if self.boosted:
+            super().install(boundary)
+
+    def before_prompt(self, call: Call) -> None:
+        if self.boosted:
+            super().before_prompt(call)
+
+    def branches(self, call: Call) -> Sequence[Stream]:
+        return () if self.gamma == 1 else (NO_PICTURE,)
+
+    def logits(self, call: Call, logits: Tensor) -> Tensor:
+        return logits if self.gamma == 1 else super().logits(call, logits)
+
+    def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        guided = torch.add(logits, own - branches[0], alpha=self.gamma - 1)
+        return guided.masked_fill(implausible(own, PLAUSIBLE), -math.inf)
+
+
+PLAUSIBLE = 0.1
+"""Share of the likeliest token's probability that a token needs under guidance."""
+
+
+def check_layers(method: Method, layers: Sequence[int], anatomy: Anatomy) -> None:
+    """Raises `InputError` when the decoder lacks a layer."""
+    depth = len(anatomy.layers)
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise InputError(
+                f"{method.paper} is asked to steer layer {layer}, but the decoder has layers 0 to {depth - 1}"
+            )
 
 
 def last_layers(depth: int, share: float) -> range:

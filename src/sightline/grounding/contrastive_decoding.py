@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,62 +22,108 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContrastiveDecoding(Method):
-    """Combines the next-token logits of the prompt with those of another view of it; the paper's file writes the `view`
-    and how to `combine` the two.
+    """Combines the next-token logits of the prompt with those of other views of it; the paper's file writes the
+    `branches` and how to `combine` the logits.
 
-    The view rides in the same forward as extra rows and is fed the tokens that the main rows generate. Its prompt is
-    read once. Random views are drawn from `seed`, the prompt and the picture alone, so that an answer depends neither
-    on the batch it is in nor on torch's global generator.
+    A branch rides in the same forward as extra rows and is fed the tokens that the main rows generate. Its prompt is
+    read once; methods that ask for the same branch (`NO_PICTURE`) share it. Interventions inside the model act on the
+    main rows only.
     """
+
+    needs_picture: ClassVar[bool] = True
+
+    @abstractmethod
+    def branches(self, call: Call) -> Sequence[Stream]:
+        """The other views of the prompt, asked for when the prompt is read (without a cache at every step)."""
+
+    @abstractmethod
+    def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        """The new next-token logits, all [B, vocabulary].
+
+        Args:
+            logits: as the methods before this one have left them.
+            own: the model's own. Contrasts and plausibility are taken from these, so that the order of contrastive
+                methods does not matter.
+            branches: those of the branches.
+        """
+
+    def streams(self, call: Call) -> Sequence[Stream]:
+        streams = self.branches(call)
+        call.memory[self, "branches"] = [stream.name for stream in streams]
+        return streams
+
+    def logits(self, call: Call, logits: Tensor) -> Tensor:
+        own = call.own_logits
+        assert own is not None
+        names = call.memory[self, "branches"]
+        return self.combine(logits, own, [call.branch_logits(name).to(logits.dtype) for name in names])
+
+
+@dataclass(frozen=True)
+class PictureView(ContrastiveDecoding):
+    """The kind whose one branch sees the pictures changed; the paper's file writes the `view`.
+
+    Random views are drawn from `seed`, the prompt and the picture alone, so that an answer depends neither on the batch
+    it is in nor on torch's global generator.
+    """
+
+    normalised: ClassVar[bool] = False
+    """Whether `view` gets the pixels as the tower does, and may leave [0, 1]."""
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
-            raise InputError(f"seed of {self.paper} must be a whole number from 0 to {2**32 - 1}, not {self.seed!r}")
+        check_seed(self, self.seed)
 
     @abstractmethod
     def view(self, pictures: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The other view of one prompt's pictures, each float32 [3, H, W] in [0, 1] (an image that the model cuts into
         tiles comes as its tiles, one after another)."""
 
-    @abstractmethod
-    def combine(self, logits: Tensor, view: Tensor) -> Tensor:
-        """The new next-token logits from those of the prompt and of its other view, all [B, vocabulary]."""
-
-    def streams(self, call: Call) -> Sequence[Stream]:
+    def branches(self, call: Call) -> Sequence[Stream]:
         return (Stream(self, encoded=self._encoded(call)),)
-
-    def logits(self, call: Call, logits: Tensor) -> Tensor:
-        view = call.boundary.anatomy.head_logits(call.stream_hidden(self))
-        return self.combine(logits, view.to(logits.dtype))
 
     def _encoded(self, call: Call) -> Encoded:
         """The other view after the tower; encoded once a call, also when there is no cache."""
         if self not in call.memory:
-            call.memory[self] = self._encode(call)
+            call.memory[self] = encode_view(call, self.view, seed=self.seed, normalised=self.normalised)
         encoded: Encoded = call.memory[self]
         return encoded
 
-    def _encode(self, call: Call) -> Encoded:
-        anatomy = call.boundary.anatomy
-        owners = anatomy.image_indices(call.inputs)  # the encoded row of each image
-        pictures: dict[int, list[Tensor]] = {}
 
-        def collect(picture: Tensor, image: int) -> Tensor:
-            pictures.setdefault(owners[image], []).append(picture)
-            return picture
+def encode_view(
+    call: Call,
+    view: Callable[[list[Tensor], torch.Generator], list[Tensor]],
+    *,
+    seed: int,
+    normalised: bool,
+) -> Encoded:
+    """Encodes `view(pictures, generator)` of each prompt's pictures (see `PictureView`)."""
+    anatomy = call.boundary.anatomy
+    owners = anatomy.image_indices(call.inputs)  # the encoded row of each image
+    pictures: dict[int, list[Tensor]] = {}
 
-        anatomy.map_pictures(call.inputs, collect)
-        views = {row: iter(self.view(seen, self._generator(call, row, seen))) for row, seen in pictures.items()}
-        return call.boundary.encode_changed(call, lambda picture, image: next(views[owners[image]]))
+    def collect(picture: Tensor, image: int) -> Tensor:
+        pictures.setdefault(owners[image], []).append(picture)
+        return picture
 
-    def _generator(self, call: Call, row: int, pictures: list[Tensor]) -> torch.Generator:
-        """A generator on the CPU whose numbers depend on the seed, the prompt and its pictures."""
-        given = torch.cat([torch.tensor([self.seed]), call.prompt_ids(row * call.beams).cpu()]).double()
-        words = torch.cat([given, *[picture.mean(dim=(1, 2)).cpu().double() for picture in pictures]])
-        # The generator is made from 32 bits, so the seed must be mixed in rather than put above them.
-        return torch.Generator().manual_seed(zlib.crc32(words.mul(256).round().long().numpy().tobytes()))
+    anatomy.map_pictures(call.inputs, collect, normalised=normalised)
+    views = {row: iter(view(seen, _generator(call, row, seen, seed))) for row, seen in pictures.items()}
+    return call.boundary.encode_changed(call, lambda picture, image: next(views[owners[image]]), normalised=normalised)
+
+
+def _generator(call: Call, row: int, pictures: list[Tensor], seed: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on the seed, the prompt and its pictures."""
+    given = torch.cat([torch.tensor([seed]), call.prompt_ids(row * call.beams).cpu()]).double()
+    words = torch.cat([given, *[picture.mean(dim=(1, 2)).cpu().double() for picture in pictures]])
+    # The generator is made from 32 bits, so the seed must be mixed in rather than put above them.
+    return torch.Generator().manual_seed(zlib.crc32(words.mul(256).round().long().numpy().tobytes()))
+
+
+def check_seed(method: Method, seed: int) -> None:
+    """Raises `InputError` for a seed that no generator can be made from."""
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise InputError(f"seed of {method.paper} must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
 
 
 def implausible(logits: Tensor, beta: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sightline.methods import Method
 
@@ -23,6 +23,8 @@ class HiddenSteering(Method):
     The directions come from one extra reading of the prompt by the unchanged model, with the picture and without. Only
     the main rows are steered, not those of another method's branch.
     """
+
+    needs_picture: ClassVar[bool] = True
 
     @abstractmethod
     def direction(self, full: Tensor, text: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ has every tile transformed in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.grounding.contrastive_decoding import PictureView, implausible
 from sightline.methods import in_range, register
 
 Transformation = Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 @register
 @dataclass(frozen=True)
-class Ritual(ContrastiveDecoding):
+class Ritual(PictureView):
     """Adds the logits of a randomly transformed view of the picture.
 
     Args:
@@ -46,6 +46,7 @@ class Ritual(ContrastiveDecoding):
     """
 
     paper: ClassVar[str] = "ritual"
+    main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("alpha", (0.25, 0.5, 1.0, 2.0, 3.0, 5.0))
 
     alpha: float = 3.0
     beta: float = 0.1
@@ -72,11 +73,11 @@ class Ritual(ContrastiveDecoding):
         chosen = TRANSFORMATIONS[drawn if self.transform == "random" else self.transform](generator)
         return [chosen(picture) for picture in pictures]
 
-    def combine(self, logits: Tensor, view: Tensor) -> Tensor:
-        combined = torch.add(logits, view, alpha=self.alpha)
+    def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        combined = torch.add(logits, branches[0], alpha=self.alpha)
         if self.normalise:
             combined = combined / (1 + self.alpha)
-        return combined.masked_fill(implausible(logits, self.beta), -math.inf)
+        return combined.masked_fill(implausible(own, self.beta), -math.inf)
 
 
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:

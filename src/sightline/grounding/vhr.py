@@ -46,6 +46,7 @@ class VHR(AttentionSteering):
     """
 
     paper: ClassVar[str] = "vhr"
+    main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("alpha", (0.5, 1.25, 1.5, 2.0, 2.5, 3.0))
 
     alpha: float = 2.0
     layers: tuple[int, ...] | None = None

@@ -56,6 +56,8 @@ class Vista(HiddenSteering):
     """
 
     paper: ClassVar[str] = "vista"
+    changes: ClassVar[frozenset[str]] = frozenset({"how late layers vote on the next token"})
+    main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("strength", (0.01, 0.03, 0.05, 0.1, 0.17, 0.3))
 
     strength: float = 0.17
     gamma: float = 0.3
@@ -72,6 +74,9 @@ class Vista(HiddenSteering):
         for name, allowed in (("site", ("mlp", "residual")), ("scale", ("unit", "raw")), ("apply_to", ("all", "new"))):
             if getattr(self, name) not in allowed:
                 raise unknown(f"{name} of {self.paper}", str(getattr(self, name)), allowed)
+
+    def claims(self) -> frozenset[str]:
+        return self.changes if self.gamma > 0 else frozenset()
 
     @property
     def is_identity(self) -> bool:

@@ -25,6 +25,7 @@ The methods below that take `inputs` take either form, unless they say what they
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -59,12 +60,11 @@ NORMALISATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
 STANDARD = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)  # one half each: SigLIP and what is made after it
 
 
-class ClsAttention:
-    """The attention that the tower's [CLS] token pays to the patches, in the layer whose output the connector reads.
+class TowerReading(ABC):
+    """Something read off a self-attention of the vision tower, one number a patch.
 
-    `module` is that layer's self-attention: hook it with `register_forward_pre_hook(hook, with_kwargs=True)` and give
-    the hook's arguments to `read`. The row is recomputed from the module's input for the one query that is needed,
-    which costs O(patches) a head and works whatever attention implementation the tower runs with.
+    Hook `module` with `register_forward_pre_hook(hook, with_kwargs=True)` and give the hook's arguments to `read`. What
+    is read is recomputed from the module's input, whatever attention implementation the tower runs with.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -74,24 +74,57 @@ class ClsAttention:
         """`row` of the hidden states among the arguments that a forward pre-hook of `module` gets."""
         return self.row(args[0] if args else kwargs["hidden_states"])
 
-    @torch.no_grad()
+    @abstractmethod
     def row(self, hidden_states: Tensor) -> Tensor:
-        """[pictures, 1 + patches, width] (the module's input) -> float32 [pictures, patches], [CLS] itself left out.
+        """[pictures, 1 + patches, width] (the module's input) -> float32 [pictures, patches], [CLS] itself left out."""
 
-        softmax(q_cls K^T * scale) over all 1 + patches keys, averaged over heads. A row's sum is 1 minus the weight
-        that [CLS] gives itself.
+    def weights(self, hidden_states: Tensor, queries: slice, *, split: bool = True) -> Tensor:
+        """softmax(Q K^T * scale) of some queries over all 1 + patches keys, float32 [pictures, heads, queries, keys].
+
+        `split=False` takes the full width as one single head.
         """
         module: Any = self.module
         heads, width = int(module.num_heads), int(module.head_dim)
-        query = module.q_proj(hidden_states[:, :1])
+        query = module.q_proj(hidden_states[:, queries])
         key = module.k_proj(hidden_states)
         if hasattr(module, "q_norm"):  # InternVL normalises over all heads together
             query, key = module.q_norm(query), module.k_norm(key)
+        scale = float(module.scale) if split else (heads * width) ** -0.5
+        if not split:
+            heads, width = 1, heads * width
         query = query.unflatten(-1, (heads, width)).transpose(1, 2)
         key = key.unflatten(-1, (heads, width)).transpose(1, 2)
-        logits = query @ key.transpose(-1, -2) * module.scale
-        weights: Tensor = logits.float().softmax(dim=-1).mean(dim=1)
-        return weights[:, 0, 1:]
+        logits: Tensor = query @ key.transpose(-1, -2) * scale
+        return logits.float().softmax(dim=-1)
+
+
+class ClsAttention(TowerReading):
+    """The attention that the tower's [CLS] token pays to the patches in one layer, which costs O(patches) a head.
+
+    Args:
+        module: the layer's self-attention.
+        split: as the tower has it, averaged over its heads; False takes the full width as one head.
+    """
+
+    def __init__(self, module: nn.Module, *, split: bool = True) -> None:
+        super().__init__(module)
+        self.split = split
+
+    @torch.no_grad()
+    def row(self, hidden_states: Tensor) -> Tensor:
+        """A row's sum is 1 minus the weight that [CLS] gives itself."""
+        weights = self.weights(hidden_states, slice(0, 1), split=self.split)
+        return weights.mean(dim=1)[:, 0, 1:]
+
+
+class ReceivedAttention(TowerReading):
+    """The attention that each patch receives from all patches in one layer: the column sums of the mean over heads."""
+
+    @torch.no_grad()
+    def row(self, hidden_states: Tensor) -> Tensor:
+        """Sums to less than the number of patches, which also look at [CLS]."""
+        weights = self.weights(hidden_states, slice(1, None))
+        return weights.mean(dim=1).sum(dim=1)[:, 1:]
 
 
 class Anatomy:
@@ -115,6 +148,7 @@ class Anatomy:
         self.text_config: Any = model.config.get_text_config()
         self.vision_config: Any = self.config.vision_config
         mean, std = NORMALISATION.get(self.vision_config.model_type, STANDARD)
+        self.processor = processor
         image_processor = getattr(processor, "image_processor", processor)
         if image_processor is not None and not getattr(image_processor, "do_normalize", True):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -141,6 +175,11 @@ class Anatomy:
                 "sightline/models/families.py and decorate it with @register_family(<model_type of its config>)."
             )
         return _FAMILIES[family](model, processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer; None when no processor was given."""
+        return getattr(self.processor, "tokenizer", self.processor)
 
     # --- Parts ---
 
@@ -201,6 +240,10 @@ class Anatomy:
         attention: Any = self.layers[0].get_submodule("self_attn")
         return int(attention.head_dim)
 
+    def attention(self, layer: nn.Module) -> Any:
+        """The self-attention of a decoder layer."""
+        return layer.get_submodule("self_attn")
+
     def attention_heads_input(self, layer: nn.Module) -> nn.Linear:
         """The output projection of a decoder layer's attention. Its input [B, T, heads * head_dim] holds the outputs of
         the heads side by side, in the order of the query heads."""
@@ -256,6 +299,11 @@ class Anatomy:
         whole = self._picture_tokens()
         return [(side, side) if count == whole else None for count in self.tokens_per_image(inputs)]
 
+    @property
+    def rasters(self) -> bool:
+        """Whether every picture that the tower encodes gives one raster of visual tokens, and nothing but it."""
+        return True
+
     def _picture_tokens(self) -> int:
         """Visual tokens of one picture, where all have the same size."""
         return int(self.vision_config.image_size // self.vision_config.patch_size) ** 2
@@ -267,9 +315,22 @@ class Anatomy:
     # --- [CLS] attention ---
 
     @property
-    def cls(self) -> ClsAttention | None:
-        """The attention of the tower's [CLS] token; None when the tower has none."""
+    def tower_attentions(self) -> Sequence[nn.Module]:
+        """The self-attention of each layer of a tower with a [CLS] token whose patches become visual tokens; else
+        nothing."""
+        return ()
+
+    @property
+    def connected_layer(self) -> int | None:
+        """Which of `tower_attentions` belongs to the layer whose output the connector reads; None: none of them."""
         return None
+
+    @property
+    def cls(self) -> ClsAttention | None:
+        """The attention of the tower's [CLS] token in the layer whose output the connector reads; None when the tower
+        has none."""
+        layer = self.connected_layer
+        return None if layer is None else ClsAttention(self.tower_attentions[layer])
 
     def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
         """`ClsAttention.row` of the whole batch [pictures, patches] -> for each image, one score for each of its visual
@@ -283,24 +344,29 @@ class Anatomy:
 
     # --- Pixels ---
 
-    def map_pictures(self, inputs: Inputs, fn: PictureFn) -> dict[str, Any]:
+    def map_pictures(self, inputs: Inputs, fn: PictureFn, *, normalised: bool = False) -> dict[str, Any]:
         """A copy of `inputs` whose pictures have been changed by `fn(picture, index)`.
 
         `picture` is float32 [3, H, W] in [0, 1], `index` says which image of the batch it is or is a tile of; `fn`
-        gives back a picture of the same shape. The result is clamped to [0, 1] and cast back. The tensors of `inputs`
-        are not touched. Raises `InputError` when there are no pixel_values.
+        gives back a picture of the same shape. The result is clamped to [0, 1] and cast back. With `normalised`, `fn`
+        sees the pixels as the tower does, and nothing is clamped. The tensors of `inputs` are not touched. Raises
+        `InputError` when there are no pixel_values.
         """
         if inputs.get("pixel_values") is None:
             raise InputError("there are no pixel_values to change: give the inputs that the processor made")
-        return {**inputs, "pixel_values": self._mapped(inputs, fn)}
+
+        def change(picture: Tensor, index: int) -> Tensor:
+            return self._checked(picture, fn(picture, index)) if normalised else self._changed(picture, fn, index)
+
+        return {**inputs, "pixel_values": self._mapped(inputs, change)}
 
     def _mapped(self, inputs: Inputs, fn: PictureFn) -> Tensor:
-        """`pixel_values` [pictures, 3, H, W] with every picture changed."""
+        """`pixel_values` [pictures, 3, H, W] with every picture, normalised as it is, changed."""
         pixels: Tensor = inputs["pixel_values"]
         owners = self._picture_owners(inputs)
         if len(owners) != len(pixels):
             raise InputError(f"there are {len(pixels)} pictures but the prompt has placeholders for {len(owners)}")
-        return torch.stack([self._changed(pixels[place], fn, owner) for place, owner in enumerate(owners)])
+        return torch.stack([fn(pixels[place], owner) for place, owner in enumerate(owners)])
 
     def _picture_owners(self, inputs: Inputs) -> list[int]:
         """For each picture that the tower encodes, the image that it belongs to."""
@@ -310,10 +376,14 @@ class Anatomy:
         mean = torch.tensor(self.pixel_mean, device=normalised.device)[:, None, None]
         std = torch.tensor(self.pixel_std, device=normalised.device)[:, None, None]
         picture = normalised.float() * std + mean
-        changed = fn(picture, index)
+        changed = self._checked(picture, fn(picture, index))
+        return ((changed.clamp(0, 1) - mean) / std).to(normalised.dtype)
+
+    @staticmethod
+    def _checked(picture: Tensor, changed: Tensor) -> Tensor:
         if changed.shape != picture.shape:
             raise InputError(f"a picture of shape {tuple(picture.shape)} was changed into {tuple(changed.shape)}")
-        return ((changed.float().clamp(0, 1) - mean) / std).to(normalised.dtype)
+        return changed.to(picture.dtype)
 
 
 _FAMILIES: dict[str, type[Anatomy]] = {}

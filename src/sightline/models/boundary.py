@@ -17,19 +17,20 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sightline.errors import InputError
-from sightline.models.call import Call, Encoded
+from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
+from sightline.models.call import Call, Encoded, Stream
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
     from sightline.methods import Method
-    from sightline.models.anatomy import Anatomy
+    from sightline.models.anatomy import Anatomy, TowerReading
 
 
 class Boundary:
@@ -42,7 +43,8 @@ class Boundary:
         # The call of each cache that was filled here; None for a prompt without pictures.
         self._calls: weakref.WeakKeyDictionary[Any, Call | None] = weakref.WeakKeyDictionary()
         self._encoded: Encoded | None = None
-        self._cls: list[Tensor] = []
+        self._read: dict[str, list[Tensor]] = {}
+        self._attention: AttentionSwitch | None = None
         self._begins: Callable[[], Call] | None = None
         self._call: Call | None = None  # set from the inputs of `base` to the output of the language model
         self._spoken: Call | None = None  # set from there to the output of the model
@@ -70,9 +72,9 @@ class Boundary:
         self._hook(anatomy.language_model, self._before_language_model, before=True)
         self._hook(anatomy.language_model, self._after_language_model)
         self._hook(anatomy.model, self._after_model)
-        cls = anatomy.cls
-        if cls is not None and any(method.needs_cls for method in self.methods):
-            self._hook(cls.module, lambda module, args, kwargs: self._cls.append(cls.read(args, kwargs)), before=True)
+        readings = {name: one for method in self.methods for name, one in method.readings(anatomy).items()}
+        for name, reading in readings.items():
+            self._hook(reading.module, self._note(name, reading), before=True)
         for method in self.methods:
             method.install(self)
 
@@ -106,20 +108,43 @@ class Boundary:
 
         self._undo.append(module.register_forward_hook(guarded).remove)
 
+    def attend(self, layer: nn.Module, change: Callable[[Call, Attending], Attended]) -> None:
+        """Lets `change(call, attending)` compute the attention of a decoder layer in place of the model's own function.
+
+        Raises:
+            InputError: if the model's attention implementation hides its logits.
+        """
+        attention = self.anatomy.attention(layer)
+        if self._attention is None:
+            self._attention = AttentionSwitch(attention.config)
+            self._undo.append(self._attention.back)
+
+        def guarded(attending: Attending) -> Attended:
+            return attending.stock() if self._call is None or self._quiet else change(self._call, attending)
+
+        self._undo.append(replace_attention(attention, guarded))
+
     # --- Encoding ---
 
+    def _note(self, name: str, reading: TowerReading) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read.setdefault(name, []).append(reading.read(args, kwargs))
+
+        return note
+
     def _encode_pictures(self, *args: Any, **kwargs: Any) -> tuple[Encoded, Any]:
-        self._cls.clear()
+        self._read.clear()
         output = self._encode(*args, **kwargs)
         inputs = dict(inspect.signature(self._encode).bind(*args, **kwargs).arguments)
         inputs |= inputs.pop("kwargs", {})
         deepstack = getattr(output, "deepstack_features", None) or []
-        return Encoded(inputs, _flat(output.pooler_output), [_flat(one) for one in deepstack], list(self._cls)), output
+        read = {name: torch.cat(parts) for name, parts in self._read.items()}
+        return Encoded(inputs, _flat(output.pooler_output), [_flat(one) for one in deepstack], read), output
 
-    def encode_changed(self, call: Call, change: Callable[[Tensor, int], Tensor]) -> Encoded:
+    def encode_changed(self, call: Call, change: Callable[[Tensor, int], Tensor], *, normalised: bool) -> Encoded:
         """The call's pictures after `change(picture, index of the image)`, encoded again (see
         `Anatomy.map_pictures`)."""
-        changed = self.anatomy.map_pictures(call.inputs, change)
+        changed = self.anatomy.map_pictures(call.inputs, change, normalised=normalised)
         return self._encode_pictures(**{name: changed[name] for name in call.encoded.inputs})[0]
 
     # --- Before a forward: whose is it? ---
@@ -145,6 +170,13 @@ class Boundary:
             if given is None:
                 self._encoded = None  # the pictures are encoded inside this forward
             self._begins = functools.partial(self._begin, ids, visual, mask, given, uncached=cache is None)
+            return None
+        for method in self.methods:
+            if method.needs_picture:
+                raise InputError(
+                    f"{method.paper} keeps answers true to a picture, but no prompt of this batch has one; detach it "
+                    "to ask without a picture"
+                )
         return None
 
     def _go_on(self, cache: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,8 +250,14 @@ class Boundary:
         main = View(embeds, positions, call.visual, real, deepstack)
         mask = kwargs.get("attention_mask")
 
-        call.streams = [stream for method in self.methods for stream in method.streams(call)]
-        call.streams.sort(key=lambda stream: stream.transient)
+        if self._attention is not None:
+            self._attention.check()
+        call.prompt = (main, mask)
+        asked: dict[Hashable, Stream] = {}
+        for stream in (stream for method in self.methods for stream in method.streams(call)):
+            if stream.name not in asked or asked[stream.name].transient:  # one that lasts serves both
+                asked[stream.name] = stream
+        call.streams = sorted(asked.values(), key=lambda stream: stream.transient)
         views = [main]
         for stream in call.streams:
             other = stream.encoded
@@ -239,16 +277,21 @@ class Boundary:
             views = [view for view, _ in shortened]
             mask = gather_mask(mask, shortened[0][1], views[0].real)
             call.dropped = embeds.shape[1] - views[0].embeds.shape[1]
-            call.kept = _kept(call, keeps[0])
+            call.keep, call.kept = keeps[0], _kept(call, keeps[0])
         call.prompt = (views[0], mask)
         for index, stream in enumerate(call.streams, start=1):
             if stream.without_picture:
                 views[index] = views[index].without_picture(keep_positions=stream.keep_positions)
+            elif stream.visible is not None:
+                visible, keep = call.spread(stream.visible), keeps[index if len(keeps) > 1 else 0]
+                visible = visible if keep is None else visible[keep]
+                views[index] = views[index].showing(visible, keep_positions=stream.keep_positions)
 
         if len(views) > 1 or call.kept is not None:
             kwargs |= stack_views(views)
             kwargs["attention_mask"] = stack_masks(mask, [view.real for view in views], views[0].embeds.shape[1])
         call.last_position = positions[..., -1:]
+        call.shown = [view.visual for view in views]
         lasting = 1 + sum(not stream.transient for stream in call.streams)
         call.real = [view.real for view in views[:lasting]]
         call.padded = not all(bool(real.all()) for real in call.real)
@@ -311,7 +354,7 @@ class Boundary:
             return None
         hidden: Tensor = output.last_hidden_state
         rows, lasting = call.rows, len(call.real)
-        call.hidden = [hidden[i * rows : (i + 1) * rows, -1] for i in range(1, lasting)]
+        call.heard([hidden[i * rows : (i + 1) * rows, -1] for i in range(1, len(hidden) // rows)])
         if len(hidden) > rows:
             output.last_hidden_state = hidden[:rows]
             for name in ("hidden_states", "attentions"):
@@ -337,7 +380,7 @@ class Boundary:
             raise InputError(
                 "with methods attached tokens are generated one at a time: no assisted decoding and no prompt lookup"
             )
-        last = before = output.logits[:, -1]
+        last = before = call.own_logits = output.logits[:, -1]
         for method in self.methods:
             last = method.logits(call, last)
         if last is not before:
@@ -360,26 +403,56 @@ class Boundary:
             Two tensors [B, layers, D].
         """
         assert call.prompt is not None
-        main, mask = call.prompt
-        views = [main, main.without_picture(keep_positions=False)]
+        main, _ = call.prompt
         seen: list[Tensor] = []
         handles = [
             layer.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
             for layer in self.anatomy.layers
         ]
-        self._quiet = True
         try:
-            self.anatomy.language_model(
-                **stack_views(views),
-                attention_mask=stack_masks(mask, [view.real for view in views], main.embeds.shape[1]),
-                use_cache=False,
-            )
+            self._read_quietly(call, [main, main.without_picture(keep_positions=False)])
         finally:
-            self._quiet = False
             for handle in handles:
                 handle.remove()
         outputs = torch.stack(seen, dim=1)
         return outputs[: call.rows], outputs[call.rows :]
+
+    def prompt_attention(self, call: Call, layers: Sequence[int]) -> Tensor:
+        """The attention weights of the *unchanged* model over the prompt, for `Method.streams` and `before_prompt`;
+        costs one forward of B rows without a cache.
+
+        Returns:
+            float32 [B, layers, T, T], the mean over heads; columns as in the view `call.prompt[0]`.
+        """
+        assert call.prompt is not None
+        seen: dict[int, Tensor] = {}
+
+        def see(layer: int) -> Callable[[Attending], Attended]:
+            def change(attending: Attending) -> Attended:
+                seen[layer] = attending.weights().mean(dim=1)
+                return attending.stock()
+
+            return change
+
+        modules = [self.anatomy.attention(self.anatomy.layers[layer]) for layer in layers]
+        switch = AttentionSwitch(modules[0].config)
+        undo = [replace_attention(module, see(layer)) for module, layer in zip(modules, layers, strict=True)]
+        try:
+            self._read_quietly(call, [call.prompt[0]])
+        finally:
+            for back in (*undo, switch.back):
+                back()
+        return torch.stack([seen[layer] for layer in layers], dim=1)
+
+    def _read_quietly(self, call: Call, views: Sequence[View]) -> None:
+        """Reads views of the prompt with no method acting and no cache."""
+        assert call.prompt is not None
+        mask = stack_masks(call.prompt[1], [view.real for view in views], views[0].embeds.shape[1])
+        self._quiet = True
+        try:
+            self.anatomy.language_model(**stack_views(views), attention_mask=mask, use_cache=False)
+        finally:
+            self._quiet = False
 
 
 def _restore(owner: Any, name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ Shapes as in `sightline.models.rows`; N is the number of visual tokens of the en
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from sightline.models.rows import View
 
 if TYPE_CHECKING:
-    from sightline.methods import Method
     from sightline.models.boundary import Boundary
 
 
@@ -28,23 +28,30 @@ class Encoded:
     """[N, D], in the order of the visual tokens of the batch."""
     deepstack: list[Tensor]
     """Extra features [N, D] for each of the first decoder layers (Qwen3-VL), else empty."""
-    cls: list[Tensor]
-    """What `ClsAttention.row` gave, when a method asked for it."""
+    readings: dict[str, Tensor] = field(default_factory=dict)
+    """What methods asked to have read off the tower (`Method.readings`), by name, each [pictures, patches]."""
 
 
 @dataclass(frozen=True)
 class Stream:
     """Extra rows, one for each row of the batch, that read another view of the prompt."""
 
-    owner: Method
+    name: Hashable
+    """Streams of the same name are the same: several methods that ask for one share its rows."""
     encoded: Encoded | None = None
     """Pictures to put in the place of the main ones; None: the same."""
+    visible: Tensor | None = None
+    """bool [N]: the visual tokens that are left; the others are hidden, which equals deleting them. None: all."""
     without_picture: bool = False
-    """Hide the visual tokens: nothing attends to them, and the text's positions close up."""
+    """Hide all visual tokens."""
     keep_positions: bool = False
-    """With `without_picture`: leave the text's positions as they are."""
+    """Where tokens are hidden, leave the positions of what follows as they are; else they close up."""
     transient: bool = False
     """Only while the prompt is read."""
+
+
+NO_PICTURE = Stream("no picture", without_picture=True)
+"""The prompt without its pictures, read and then fed what the main rows generate: the branch that carries the prior."""
 
 
 @dataclass
@@ -70,6 +77,9 @@ class Call:
     streams: list[Stream] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
     """For the main rows and those of each lasting stream, bool [B, T]: the prompt's columns that may be seen."""
+    shown: list[Tensor] = field(default_factory=list)
+    """For the main rows and those of every stream (lasting ones first), bool [B, T]: the prompt's visual tokens that
+    are not hidden."""
     last_position: Tensor | None = None
     """[B, 1] or [A, B, 1]: where the prompt ends, as the caller counts."""
     shift: Tensor | None = None
@@ -80,9 +90,14 @@ class Call:
     """S - T."""
     kept: list[list[Tensor]] | None = None
     hidden: list[Tensor] = field(default_factory=list)
-    """Final hidden state [B, D] at the last position of each lasting stream, in the order of `streams`."""
+    """Final hidden state [B, D] at the last position of each stream that was just read, in the order of `streams`."""
     prompt: tuple[View, Any] | None = None
     """The main view and its mask, while the prompt is read."""
+    keep: Tensor | None = None
+    """bool [visual tokens of all rows]: which of them stayed; None: all."""
+    own_logits: Tensor | None = None
+    """[B, vocabulary]: the model's own next-token logits of this step, before any method changed them."""
+    _branches: Tensor | None = None
 
     @functools.cached_property
     def rows(self) -> int:
@@ -115,6 +130,22 @@ class Call:
             start += length
         return rows
 
+    @property
+    def new_queries(self) -> int:
+        """How many of the positions that are read now lie at or after the prompt's end: one while the prompt is read,
+        more where, without a cache, what was generated is read again with it."""
+        return self.input_ids.shape[1] - self.prompt_length + 1 if self.reading_prompt else 1
+
+    def on_columns(self, values: Tensor) -> Tensor:
+        """One value for each of the N visual tokens of the encoded batch -> [B, T], 0 where the prompt that the decoder
+        reads has none of them. For `Method.before_prompt`."""
+        assert self.prompt is not None
+        visual = self.prompt[0].visual
+        values = self.spread(values)
+        columns = values.new_zeros(visual.shape)
+        columns[visual] = values if self.keep is None else values[self.keep]
+        return columns
+
     def prompt_ids(self, row: int) -> Tensor:
         """The token ids of a row's prompt, without padding."""
         ids = self.input_ids[row, : self.prompt_length]
@@ -128,16 +159,23 @@ class Call:
             return counts
         return [sum(len(image) for image in row) for row in self.kept]
 
-    def stream_rows(self, owner: Method) -> slice | None:
-        """Where the rows of a method's stream are in the batch that the decoder runs now, if there are any."""
+    def stream_rows(self, name: Hashable) -> slice | None:
+        """Where the rows of a stream are in the batch that the decoder runs now, if it has any there."""
         for index, stream in enumerate(self.streams, start=1):
-            if stream.owner is owner and (self.reading_prompt or not stream.transient):
+            if stream.name == name and (self.reading_prompt or not stream.transient):
                 return slice(index * self.rows, (index + 1) * self.rows)
         return None
 
-    def stream_hidden(self, owner: Method) -> Tensor:
-        """Final hidden state [B, D] at the last position of a method's lasting stream."""
-        return self.hidden[[stream.owner for stream in self.streams].index(owner)]
+    def branch_logits(self, name: Hashable) -> Tensor:
+        """Next-token logits [B, vocabulary] of a stream that was just read; the head reads those of all at once."""
+        if self._branches is None:
+            logits = self.boundary.anatomy.head_logits(torch.cat(self.hidden))
+            self._branches = logits.unflatten(0, (-1, self.rows))
+        return self._branches[[stream.name for stream in self.streams].index(name)]
+
+    def heard(self, hidden: list[Tensor]) -> None:
+        """Takes the final hidden states of the streams at a new step."""
+        self.hidden, self._branches = hidden, None
 
     def spread(self, values: Tensor) -> Tensor:
         """[N, ...] of the encoded batch -> the same for the visual tokens of all rows, row after row."""

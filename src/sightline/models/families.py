@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.image_processing_utils import select_best_resolution
 
 from sightline.errors import InputError
 from sightline.models.anatomy import (
     Anatomy,
-    ClsAttention,
     Inputs,
     PictureFn,
     encoded_lengths,
@@ -42,13 +42,15 @@ class _ClipAnatomy(Anatomy):
         return clip and self.config.vision_feature_select_strategy == "default"
 
     @property
-    def cls(self) -> ClsAttention | None:
+    def tower_attentions(self) -> Sequence[nn.Module]:
         if not self._drops_cls:
-            return None
+            return ()
         tower: Any = self.vision_tower
-        layers = getattr(tower, "vision_model", tower).encoder.layers
-        index = _layer_index(self.config.vision_feature_layer, len(layers))
-        return None if index is None else ClsAttention(layers[index].self_attn)
+        return [layer.self_attn for layer in getattr(tower, "vision_model", tower).encoder.layers]
+
+    @property
+    def connected_layer(self) -> int | None:
+        return _layer_index(self.config.vision_feature_layer, len(self.tower_attentions))
 
 
 @register_family("llava")
@@ -76,9 +78,13 @@ class Llava(_ClipAnatomy):
         if self.vision_config.model_type == "pixtral":
             _needed(inputs, "image_sizes")
             return list(self._pixtral_grids(inputs))
-        if self._picture_tokens() != super()._picture_tokens():  # [CLS] is one of the tokens
+        if not self.rasters:  # [CLS] is one of the tokens
             return [None] * len(self.tokens_per_image(inputs))
         return super().grids(inputs)
+
+    @property
+    def rasters(self) -> bool:
+        return self._picture_tokens() == super()._picture_tokens()
 
     def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
         if self.cls is None:
@@ -91,7 +97,7 @@ class Llava(_ClipAnatomy):
         changed: Tensor = inputs["pixel_values"].clone()  # pictures are padded on the right and below
         for index, (height, width) in enumerate(torch.as_tensor(_needed(inputs, "image_sizes")).tolist()):
             part = changed[index, :, :height, :width]
-            changed[index, :, :height, :width] = self._changed(part, fn, index)
+            changed[index, :, :height, :width] = fn(part, index)
         return changed
 
 
@@ -133,6 +139,10 @@ class LlavaNext(_ClipAnatomy):
     def grids(self, inputs: Inputs) -> list[tuple[int, int] | None]:
         return [None] * len(self.tokens_per_image(inputs))
 
+    @property
+    def rasters(self) -> bool:
+        return False
+
     def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
         if self.cls is None:
             return super().cls_scores(row, inputs)
@@ -150,7 +160,7 @@ class LlavaNext(_ClipAnatomy):
         changed = pixels.clone()  # [images, most tiles, 3, H, W]: the tiles past an image's own are padding
         for image, tiles in enumerate(self.tiles_per_image(inputs)):
             for tile in range(tiles):
-                changed[image, tile] = self._changed(pixels[image, tile], fn, image)
+                changed[image, tile] = fn(pixels[image, tile], image)
         return changed
 
 
@@ -173,10 +183,6 @@ class LlavaOnevision(LlavaNext):
             features, sizes, image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
         )
         return list(packed)
-
-    @property
-    def cls(self) -> ClsAttention | None:
-        return None
 
 
 @register_family("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -209,9 +215,9 @@ class QwenVL(Anatomy):
         for index, flat in enumerate(torch.split(pixels, [frames * rows * columns for frames, rows, columns in grid])):
             frames = self.unflatten(flat, grid[index])
             if bool((frames == frames[:1]).all()):  # a still picture, repeated to fill the temporal patch
-                frames = self._changed(frames[0], fn, index).expand_as(frames)
+                frames = fn(frames[0], index).expand_as(frames)
             else:
-                frames = torch.stack([self._changed(frame, fn, index) for frame in frames])
+                frames = torch.stack([fn(frame, index) for frame in frames])
             changed.append(self.flatten(frames))
         return torch.cat(changed)
 
@@ -264,12 +270,14 @@ class InternVL(Anatomy):
         return [image for image, length in enumerate(lengths) for _ in range(length // whole)]
 
     @property
-    def cls(self) -> ClsAttention | None:
+    def tower_attentions(self) -> Sequence[nn.Module]:
         layers: Any = self.vision_tower.get_submodule("encoder.layer")
-        index = _layer_index(self.config.vision_feature_layer, len(layers))
-        if index is None or self.config.vision_feature_select_strategy != "default":
-            return None
-        return ClsAttention(layers[index].attention)
+        keeps_cls = self.config.vision_feature_select_strategy != "default"
+        return () if keeps_cls else [layer.attention for layer in layers]
+
+    @property
+    def connected_layer(self) -> int | None:
+        return _layer_index(self.config.vision_feature_layer, len(self.tower_attentions))
 
     def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
         side = int(row.shape[1] ** 0.5)
@@ -326,7 +334,7 @@ class Idefics3(Anatomy):
             raise InputError(f"there are {int(real.sum())} pictures but the prompt has placeholders for {len(owners)}")
         changed = pixels.clone()
         for (row, place), owner in zip(real.nonzero().tolist(), owners, strict=True):
-            picture = self._changed(pixels[row, place], fn, owner)
+            picture = fn(pixels[row, place], owner)
             if not picture.any():  # an even mid-grey would be taken for padding and its tokens would have no features
                 picture[0, 0, 0] = 1e-3
             changed[row, place] = picture

@@ -69,16 +69,24 @@ class View:
             columns,
         )
 
-    def without_picture(self, *, keep_positions: bool) -> View:
-        """The visual tokens hidden from everything, which equals deleting them; the text's positions close up unless
-        kept."""
-        real = self.real & ~self.visual
+    def showing(self, visible: Tensor, *, keep_positions: bool) -> View:
+        """Only the visual tokens where `visible` (bool [visual tokens]) is True; the others are hidden from everything,
+        which equals deleting them. Positions of what follows close up unless kept."""
+        shown = self.visual.clone()
+        shown[self.visual] = visible
+        real = self.real & (shown | ~self.visual)
         positions = self.positions
         if not keep_positions:
             nowhere = torch.iinfo(positions.dtype).max
             first = positions.masked_fill(~self.real, nowhere).amin(dim=-1, keepdim=True)
             positions = first + (real.long().cumsum(dim=1) - 1).clamp(min=0)
-        return View(self.embeds, positions, torch.zeros_like(self.visual), real)
+        deepstack = tuple(layer[visible] for layer in self.deepstack) if bool(visible.any()) else ()
+        return View(self.embeds, positions, shown, real, deepstack)
+
+    def without_picture(self, *, keep_positions: bool) -> View:
+        """All visual tokens hidden."""
+        none = torch.zeros(int(self.visual.sum()), dtype=torch.bool, device=self.visual.device)
+        return self.showing(none, keep_positions=keep_positions)
 
 
 def map_mask(mask: AttentionMask, change: Callable[[Tensor | None], Tensor | None]) -> AttentionMask:

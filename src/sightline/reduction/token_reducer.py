@@ -42,6 +42,7 @@ class TokenReducer(Method):
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})
+    main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("keep", (0.05, 0.1, 0.2, 0.35, 0.5, 0.75))
 
     keep: float = 0.25
     positions: Literal["compact", "kept"] = "compact"
@@ -65,7 +66,7 @@ class TokenReducer(Method):
     def chosen(self, call: Call, encoded: Encoded) -> list[Tensor]:
         """For each image of the encoded batch, bool [n]: which of its visual tokens stay."""
         inputs = {**encoded.inputs, "input_ids": call.inputs["input_ids"]}
-        cls = call.boundary.anatomy.cls_scores(torch.cat(encoded.cls), inputs) if self.needs_cls else None
+        cls = call.boundary.anatomy.cls_scores(encoded.readings["cls"], inputs) if self.needs_cls else None
         ranges = [image for row in call.images for image in row]
         chosen = []
         for index, (first, last) in enumerate(ranges):
