@@ -38,9 +38,9 @@ STRETCHES = (
 )
 """The stretches of the road that papers belong to, in the order of the road; each is a folder of the package."""
 
-_TYPES = {"title": str, "stretch": str, "year": int, "arxiv": str, "idea": str}
-_WANTED = {str: "a text that is not empty", int: "a whole number above 0"}
-_OPTIONAL = {"arxiv"}
+_TYPES = {"title": str, "stretch": str, "year": int, "arxiv": str, "idea": str, "peer": bool}
+_WANTED = {str: "a text that is not empty", int: "a whole number above 0", bool: "true, or left out"}
+_OPTIONAL = {"arxiv", "peer"}
 _DERIVED = {"status", "object"}
 _IDEA_LIMIT = 100
 
@@ -57,6 +57,7 @@ class Paper:
         arxiv: arXiv identifier such as "2412.01818", or None.
         idea: one line of at most 100 characters that says what the paper does.
         object: dotted name of what implements it, such as "sightline.reduction.fastervlm.FasterVLM", or None.
+        peer: whether it is not one of the 94 but a well-known method beside them, there as a yardstick.
     """
 
     slug: str
@@ -66,6 +67,7 @@ class Paper:
     arxiv: str | None
     idea: str
     object: str | None
+    peer: bool = False
 
     @property
     def status(self) -> Literal["implemented", "planned"]:
@@ -74,16 +76,20 @@ class Paper:
 
 
 def papers(stretch: str | None = None) -> tuple[Paper, ...]:
-    """All papers in the order of the catalogue, or those of one stretch; an unknown stretch is an `InputError`."""
-    if stretch is None:
-        return _installed()
-    if stretch not in STRETCHES:
+    """All papers in the order of the catalogue, or those of one stretch; an unknown stretch is an `InputError`. Peers
+    are left out: see `peers`."""
+    if stretch is not None and stretch not in STRETCHES:
         raise unknown("stretch", stretch, STRETCHES)
-    return tuple(entry for entry in _installed() if entry.stretch == stretch)
+    return tuple(entry for entry in _installed() if not entry.peer and stretch in (None, entry.stretch))
+
+
+def peers() -> tuple[Paper, ...]:
+    """The yardsticks beside the 94 papers."""
+    return tuple(entry for entry in _installed() if entry.peer)
 
 
 def paper(slug: str) -> Paper:
-    """The paper with this slug; an unknown one is an `InputError` that suggests the nearest."""
+    """The paper or peer with this slug; an unknown one is an `InputError` that suggests the nearest."""
     by_slug = {entry.slug: entry for entry in _installed()}
     if slug not in by_slug:
         raise unknown("paper", slug, by_slug)
@@ -150,7 +156,7 @@ def _checked(slug: str, table: object) -> dict[str, Any]:
         raise unknown(f"stretch of {where}", table["stretch"], STRETCHES)
     if len(table["idea"]) > _IDEA_LIMIT:
         raise InputError(f"{where}: the idea has {len(table['idea'])} characters, at most {_IDEA_LIMIT} are allowed")
-    return {"arxiv": None, **table}
+    return {"arxiv": None, "peer": False, **table}
 
 
 def _implementer(source: str, slug: str) -> str | None:
