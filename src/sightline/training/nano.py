@@ -230,6 +230,10 @@ class Packer:
         return {"input_ids": ids, "labels": labels, "branch": branch, "position_ids": positions}
 
     def batch(self, scenes: list[Scene], questions: list[list[Question]], with_picture: bool) -> dict[str, Tensor]:
+        """The packed questions, and the pictures if they are to be seen."""
+        return self.packed(questions, with_picture) | (picture_batch(scenes) if with_picture else {})
+
+    def packed(self, questions: list[list[Question]], with_picture: bool) -> dict[str, Tensor]:
         """Rows of one length and their mask, bool [rows, 1, length, length]: prefix and own question, causally."""
         rows = [self.row(asked, with_picture) for asked in questions]
         out = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
@@ -238,8 +242,6 @@ class Packer:
         shared = (branch == 0)[:, None, :]
         causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
         out["attention_mask"] = ((own | shared) & causal)[:, None]
-        if with_picture:
-            out |= picture_batch(scenes)
         return out
 
 
@@ -254,22 +256,27 @@ class Steps(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         recipe, packer = self.recipe, self.packer
-        start = 10_000_000 * recipe.seed
         if packer is None:
-            first = start + 5_000_000 + step * recipe.warm_up_batch
+            first = 10_000_000 * recipe.seed + 5_000_000 + step * recipe.warm_up_batch
             return picture_batch([sample_scene("train", first + i) for i in range(recipe.warm_up_batch)])
-        first = start + step * recipe.batch
-        scenes = [sample_scene("train", first + i) for i in range(recipe.batch)]
-        rng = random_stream("questions", "joint", "train", recipe.seed, step)
-        # Counting comes last and needs kinds that occur more than once: half of the scenes without one give way.
-        for i, scene in enumerate(scenes):
-            if len(scene.kinds) == len(scene.visible) and rng.random() < 0.5:
-                scenes[i] = sample_scene("train", first + 4_000_000 + i)
-        questions: list[list[Question]] = []
-        for scene in scenes:
-            asked = training_questions(scene, rng)
-            questions.append([asked[i] for i in rng.permutation(len(asked))])
+        scenes, questions = joint_step(step, recipe.batch, recipe.seed)
         return packer.batch(scenes, questions, with_picture=step % recipe.text_only_every != 0)
+
+
+def joint_step(step: int, batch: int, seed: int) -> tuple[list[Scene], list[list[Question]]]:
+    """The scenes of a step of the joint phase and, for each, its questions in the order in which they are packed."""
+    first = 10_000_000 * seed + step * batch
+    scenes = [sample_scene("train", first + i) for i in range(batch)]
+    rng = random_stream("questions", "joint", "train", seed, step)
+    # Counting comes last and needs kinds that occur more than once: half of the scenes without one give way.
+    for i, scene in enumerate(scenes):
+        if len(scene.kinds) == len(scene.visible) and rng.random() < 0.5:
+            scenes[i] = sample_scene("train", first + 4_000_000 + i)
+    questions: list[list[Question]] = []
+    for scene in scenes:
+        asked = training_questions(scene, rng)
+        questions.append([asked[i] for i in rng.permutation(len(asked))])
+    return scenes, questions
 
 
 def text_corpus(n_scenes: int = 2000) -> Iterator[str]:
@@ -338,6 +345,13 @@ def word_loss(model: LlavaForConditionalGeneration, projected: Tensor, labels: T
     return torch.stack(losses).mean()
 
 
+def validation_step(step: int, batch: int, seed: int) -> tuple[list[Scene], list[list[Question]]]:
+    """Scenes of the validation split, and the questions on each."""
+    rng = random_stream("questions", "joint", "validation", seed, step)
+    scenes = [sample_scene("validation", step * batch + i) for i in range(batch)]
+    return scenes, [training_questions(scene, rng) for scene in scenes]
+
+
 @torch.no_grad()
 def validate(
     model: LlavaForConditionalGeneration, recipe: Recipe, packer: Packer, batches: int = 8
@@ -346,10 +360,8 @@ def validate(
     right: dict[str, list[bool]] = {}
     losses: list[float] = []
     for step in range(batches):
-        rng = random_stream("questions", "joint", "validation", recipe.seed, step)
-        scenes = [sample_scene("validation", step * recipe.batch + i) for i in range(recipe.batch)]
-        asked = [training_questions(scene, rng) for scene in scenes]
-        batch = packer.batch(scenes, asked, True)
+        scenes, asked = validation_step(step, recipe.batch, recipe.seed)
+        batch = moved(packer.batch(scenes, asked, True), model.device)
         loss, logits, _ = answer_loss(model, batch)
         losses.append(loss.item())
         wanted = batch["labels"] != IGNORED
@@ -363,8 +375,19 @@ def validate(
     return {"loss": float(np.mean(losses))} | {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
 
 
-def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: int = 1, quiet: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    checkpoint_every: int = 500,
+    threads: int = 1,
+    device: str = "cpu",
+    workers: int = 1,
+    quiet: bool = False,
+) -> Path:
     """Runs the recipe, or what is left of it, and returns the folder of the finished checkpoint, `out/checkpoint`.
+
+    `threads` compute the steps on a CPU, `workers` are processes that draw the pictures.
 
     `out` holds `recipe.json`, `log.jsonl` (one line a hundred steps: loss, learning rate, seconds, and validation
     accuracy where measured), the tokenizer, and `state.safetensors` while the run goes on.
@@ -390,7 +413,9 @@ def train(recipe: Recipe, out: Path, *, checkpoint_every: int = 500, threads: in
     if recipe.compile:
         for layer in (*tower.encoder.layers, *model.model.language_model.layers):
             layer.compile(dynamic=False)
-    run = _Run(recipe, out, model, labels, packer, checkpoint_every, quiet)
+    model.to(torch.device(device))
+    labels.to(device)
+    run = _Run(recipe, out, model, labels, packer, checkpoint_every, workers, quiet)
     run.phase("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate)
     run.phase("joint", recipe.steps, recipe.learning_rate)
     return _finish(model, tokenizer, out)
@@ -407,13 +432,15 @@ class _Run:
         labels: PatchLabels,
         packer: Packer,
         checkpoint_every: int,
+        workers: int,
         quiet: bool,
     ) -> None:
         self.recipe, self.out, self.model, self.labels, self.packer = recipe, out, model, labels, packer
-        self.words = torch.tensor([packer.ids(f" {word}")[0] for names in LABEL_WORDS for word in names])
+        words = [packer.ids(f" {word}")[0] for names in LABEL_WORDS for word in names]
+        self.words = torch.tensor(words, device=model.device)
         self.modules = nn.ModuleDict({"model": model, "labels": labels})
-        self.state = _State(out / "state.safetensors", self.modules)
-        self.checkpoint_every, self.quiet = checkpoint_every, quiet
+        self.state = State(out / "state.safetensors", self.modules)
+        self.checkpoint_every, self.workers, self.quiet = checkpoint_every, workers, quiet
         self.started = time.time()
 
     def phase(self, name: str, total: int, rate: float) -> None:
@@ -421,14 +448,16 @@ class _Run:
         optimizer = torch.optim.AdamW(_groups(self.modules, self.recipe.weight_decay), lr=rate, betas=(0.9, 0.98))
         first = min(self.state.resume(name, optimizer), total)
         data = Steps(self.recipe, self.packer if name == "joint" else None)
-        loader = DataLoader(data, batch_size=None, sampler=range(first, total), num_workers=1, prefetch_factor=8)
+        loader = DataLoader(
+            data, batch_size=None, sampler=range(first, total), num_workers=self.workers, prefetch_factor=8
+        )
         losses: list[float] = []
-        with _progress(self.quiet) as progress:
+        with progress_bar(self.quiet) as progress:
             bar = progress.add_task(name, total=total, completed=first)
             for done, batch in enumerate(loader, start=first + 1):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * _schedule(done - 1, total)
-                losses.append(self._step(name, batch, optimizer))
+                    group["lr"] = rate * schedule(done - 1, total)
+                losses.append(self._step(name, moved(batch, self.model.device), optimizer))
                 progress.update(bar, advance=1, description=f"{name}  loss {np.mean(losses[-50:]):.3f}")
                 if done % 100 == 0 or done == total:
                     self._log(name, done, total, losses)
@@ -437,7 +466,7 @@ class _Run:
                     self.state.save(name, done, optimizer)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.bfloat16)
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.recipe.bfloat16)
 
     def _step(self, phase: str, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
         """One step of the optimiser; the loss of the phase's own task."""
@@ -490,6 +519,11 @@ def _finish(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizer
     return final
 
 
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def _groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     parameters = list(modules.parameters())
     return [
@@ -498,18 +532,19 @@ def _groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _schedule(step: int, total: int) -> float:
+def schedule(step: int, total: int) -> float:
     """Linear rise over 200 steps, then constant, then a linear fall to nothing over the last fifth."""
     return min(1.0, (step + 1) / 200, (total - step) / (total / 5))
 
 
-def _progress(quiet: bool) -> Progress:
+def progress_bar(quiet: bool) -> Progress:
+    """The bar that a run shows, unless it is to be quiet."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=quiet
     )
 
 
-class _State:
+class State:
     """Weights, optimiser moments and the step reached, in one safetensors file that is replaced atomically."""
 
     def __init__(self, file: Path, modules: nn.Module) -> None:
@@ -531,8 +566,8 @@ class _State:
             if f"exp_avg/{name}" in tensors:
                 optimizer.state[parameter] = {
                     "step": tensors[f"step/{name}"],
-                    "exp_avg": tensors[f"exp_avg/{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
+                    "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
                 }
         return int(tensors["step"].item())
 
