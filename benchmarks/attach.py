@@ -32,7 +32,7 @@ def main() -> None:
     options = arguments(__doc__, rounds=40)
     model, name = nano(options.device)
     inputs = prompt(model, rows=1, text_tokens=20)
-    known = methods()
+    known = {name: kind for name, kind in methods().items() if kind.attaches}
 
     per_token = partial(seconds_per_token, model, inputs, tokens=TOKENS)
     cases: dict[str, Callable[[], float]] = {

@@ -20,7 +20,11 @@ from shared.timing import Row, arguments, in_turns, ratio, seconds_per_token, sh
 from sightline.methods import methods, parse_methods
 
 CHOSEN = (
-    *(name for name, method in methods().items() if method.__module__.startswith("sightline.grounding.")),
+    *(
+        name
+        for name, method in methods().items()
+        if method.attaches and method.__module__.startswith("sightline.grounding.")
+    ),
     "vista:gamma=0",
 )
 

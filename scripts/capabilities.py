@@ -141,6 +141,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield ""
 
 
+def attachable() -> list[str]:
+    """The methods that attach to a model; a strategy asks it several times instead."""
+    return [name for name, kind in methods().items() if kind.attaches]
+
+
 def method_rows(name: str, trials: dict[str, Trial]) -> list[list[str]]:
     """For each family, what the method does there."""
     method = methods()[name]()
@@ -153,7 +158,7 @@ def method_rows(name: str, trials: dict[str, Trial]) -> list[list[str]]:
 def pair_rows(trials: dict[str, Trial]) -> list[list[str]]:
     """For each ordered pair of methods, whether both at once give the same answer with a cache and without."""
     known = methods()
-    pairs = [(first, second) for first in known for second in known if first != second]
+    pairs = [(first, second) for first in attachable() for second in attachable() if first != second]
     return [
         [
             f"{first}+{second}",
@@ -178,7 +183,7 @@ def capabilities() -> str:
         *(f"| {name} | {behaviour.__doc__} |" for name, behaviour in BEHAVIOURS.items()),
         "",
     ]
-    for name in methods():
+    for name in attachable():
         lines += [f"## {name}", "", *table(["family", *BEHAVIOURS], method_rows(name, trials))]
     lines += [
         "## Two methods at once",

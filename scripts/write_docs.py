@@ -40,6 +40,10 @@ def times(value: float | None) -> str:
     return "" if value is None else f"×{value:.2f}"
 
 
+def tokens(count: float | None) -> str:
+    return "" if count is None else f"{count:.0f}"
+
+
 def with_interval(line: dict[str, Any]) -> str:
     low, high = line["interval"]
     value = line["scores"][line["headline"]]
@@ -82,7 +86,7 @@ def methods_table() -> str:
         said = "" if caption is None else caption_scores(caption)
         rows.append(
             f"| {link(line['method'])} | {stretch} | {with_interval(line)} | {verdict(line, pope[0])} | {said} "
-            f"| {line['visual_tokens']:.0f} | {times(line['ratio']['time_to_first_token'])} "
+            f"| {tokens(line['visual_tokens'])} | {times(line['ratio']['time_to_first_token'])} "
             f"| {times(line['ratio']['time_per_token'])} |"
         )
     return "\n".join(rows) + "\n"
@@ -145,6 +149,12 @@ def one_result(line: dict[str, Any], none: dict[str, Any]) -> Iterator[str]:
     yield compared + "\n"
 
 
+def usage(method: type[Method]) -> str:
+    if method.attaches:
+        return f"with sl.attach(model, sl.{method.__name__}()):\n    output = model.generate(**inputs)"
+    return f"reply = sl.{method.__name__}().answer(model, processor, picture, question)"
+
+
 def page(slug: str, method: type[Method]) -> str:
     entry = paper(slug)
     source = f" ([arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv}))" if entry.arxiv else ""
@@ -152,8 +162,7 @@ def page(slug: str, method: type[Method]) -> str:
     parts = [
         "# " + method.__name__ + "\n",
         f"*{entry.title}*, {entry.year}{source}. {entry.idea}\n",
-        f"```python\nimport sightline as sl\n\nwith sl.attach(model, sl.{method.__name__}()):\n"
-        "    output = model.generate(**inputs)\n```\n",
+        f"```python\nimport sightline as sl\n\n{usage(method)}\n```\n",
         f"On the command line: `{slug}`, with parameters `{slug}:name=value,name=value`.\n",
         "## What it does\n",
         "```text\n" + inspect.cleandoc(module.__doc__ if module and module.__doc__ else "") + "\n```\n",

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from bench_runs import THREE, TOKENS, Tints, lines, small_run
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 from torch import Tensor
@@ -25,7 +26,7 @@ from sightline import bench
 from sightline.bench import fingerprint, run
 from sightline.benchmarks import item, run_folder
 from sightline.benchmarks.costs import Cost
-from sightline.benchmarks.item import Answer, Benchmark, Item, Row, Score, get_benchmark, register_benchmark
+from sightline.benchmarks.item import Answer, Item, Score, get_benchmark, register_benchmark
 from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.statistics import holm, wilson
 from sightline.benchmarks.summary import summarise
@@ -35,61 +36,19 @@ from sightline.methods import _REGISTERED, Method, attach, parse_methods
 from sightline.models.answering import reply
 from sightline.models.loading import load
 
-TOKENS = 5
-THREE = ["none", "fastervlm:keep=0.1", "ritual"]
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "pico"))
 
 
-@dataclass(frozen=True)
-class Tints(Benchmark):
-    """Which colour is the whole picture? The items named in `broken` have no picture, `cursed` breaks generation."""
-
-    splits: ClassVar[tuple[str, ...]] = ("test",)
-    broken: ClassVar[set[str]] = set()
-
-    def items(self, split: str, n: int | None = None, seed: int = 0) -> list[Item]:
-        self.check_split(split)
-        return [self._item(index) for index in range(n or 7)]
-
-    def _item(self, index: int) -> Item:
-        def picture() -> Image.Image:
-            if f"tint-{index}" in self.broken:
-                raise InputError(f"picture {index} is gone")
-            return Image.new("RGB", (40 + index, 50), (37 * index % 256, 200, 90))
-
-        question = "What colour" + " is it" * (index % 3) + f", number {index}?"
-        return Item(f"tint-{index}", question, "yes" if index % 2 else "green", picture, f"tint-{index}", "tint", 3)
-
-    def item_score(self, item: Item, text: str) -> dict[str, Any]:
-        return {"hit": item.answer in text, "readable": len(text) % 2 == 0}
-
-    def scores(self, rows: Any) -> dict[str, Score]:
-        hits = sum(row["hit"] for row in rows)
-        return {"accuracy": Score(hits / len(rows), *wilson(hits, len(rows)), len(rows))}
-
-    def measure(self, row: Row) -> float:
-        return float(row["hit"])
-
-
 @pytest.fixture
 def tints(monkeypatch: pytest.MonkeyPatch) -> type[Tints]:
+    item.list_benchmarks()  # imports them, so that they are registered for good
     monkeypatch.setattr(item, "_registry", dict(item._registry))
     register_benchmark("tints")(Tints)
     monkeypatch.setattr(Tints, "broken", set())
     return Tints
-
-
-def small_run(checkpoint: str, out: Path, methods: list[str] = THREE, **options: Any) -> Any:
-    wanted: dict[str, Any] = dict(split="adversarial", items=8, batch_size=3, max_new_tokens=TOKENS, cost_items=0)
-    return run(checkpoint, "pope", methods, out, quiet=True, **(wanted | options))
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 # --- What is asked and written ---
@@ -450,6 +409,8 @@ def test_a_method_that_is_no_identity_at_its_identity_setting_is_refused(
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"cost_items": -1}, "cost_items must be 0 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
+        ({"max_seconds": 0}, "max_seconds must be a number above 0"),
+        ({"max_seconds": math.nan}, "max_seconds must be a number above 0"),
         ({"model_name": "picturebook-nanu"}, "unknown model"),
         ({"dtype": "float31"}, "unknown dtype"),
     ],

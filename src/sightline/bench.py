@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +34,8 @@ from sightline.errors import InputError
 from sightline.files import write_json
 from sightline.methods import Method, attach, parse_methods
 from sightline.models.anatomy import Anatomy
-from sightline.models.answering import prepare, reply, seen
+from sightline.models.answering import UNLIMITED, Budget, Reply, end_tokens, prepare, reply, seen
+from sightline.models.conversation import converse, strategy_of
 from sightline.models.loading import load
 
 CHECKED_TOKENS = 32
@@ -54,7 +57,9 @@ def run(
     batch_size: int = 16,
     seed: int = 0,
     max_new_tokens: int | None = None,
+    max_seconds: float | None = None,
     cost_items: int = 8,
+    skip_refused: bool = False,
     quiet: bool = False,
     **model_options: Any,
 ) -> Summary:
@@ -73,7 +78,10 @@ def run(
         batch_size: items a batch.
         seed: which items are drawn.
         max_new_tokens: the longest answer, instead of the benchmark's own limit.
+        max_seconds: the longest time of generating one answer; whatever is there by then counts. The answers of a batch
+            are generated together, so each of them has had the time of its batch.
         cost_items: on how many items times are measured; 0 leaves them out.
+        skip_refused: go on without what cannot work on the model or does not compose, and note in run.json why.
         quiet: show no progress.
         model_options: what else `load` takes: dtype, device, attn_implementation, revision, trust_remote_code.
 
@@ -87,6 +95,8 @@ def run(
             raise InputError(f"{name} must be {least} or more, not {value}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    if max_seconds is not None and not 0 < max_seconds < math.inf:
+        raise InputError(f"max_seconds must be a number above 0, not {max_seconds}")
     bench = get_benchmark(benchmark, **(options or {}))
     split = bench.splits[0] if split is None else split
     asked = bench.items(split, items, seed)
@@ -94,8 +104,15 @@ def run(
         asked = [dataclasses.replace(item, max_new_tokens=max_new_tokens) for item in asked]
 
     model, processor = load(model_name, **model_options)
-    for own in chosen.values():
-        attach(model, *own, processor=processor).detach()  # refuses what cannot work before anything is written
+    refused: dict[str, str] = {}
+    for name, own in list(chosen.items()):
+        try:
+            attach(model, *strategy_of(own)[1], processor=processor).detach()  # before anything is written
+        except InputError as error:
+            if not skip_refused:
+                raise
+            refused[name] = str(error)
+            del chosen[name]
     settings = {
         "model": model_name,
         "weights": fingerprint(model),
@@ -109,6 +126,7 @@ def run(
         "item_count": len(asked),
         "seed": seed,
         "batch_size": batch_size,
+        "max_seconds": max_seconds,
         "item_set": _digest([(item.id, item.question, item.answer, item.max_new_tokens) for item in asked]),
         "versions": _versions(),
     }
@@ -116,7 +134,11 @@ def run(
         out = Path("runs") / f"{Path(model_name).name}-{bench.name}-{split}-{_digest(settings)[:8]}"
     folder = RunFolder(out)
     with folder.opened(settings, _machine(), list(chosen)) as info:
-        runner = _Runner(model, processor, bench, folder, _batches(asked, batch_size))
+        if refused:
+            info["refused"] = info.get("refused", {}) | refused
+            folder.update(info)
+        budget = Budget(seconds=max_seconds)
+        runner = _Runner(model, processor, bench, folder, _batches(asked, batch_size), budget)
         unchecked = {name: own for name, own in chosen.items() if name not in info["identity_checked"]}
         if unchecked:
             runner.check_identity(unchecked)
@@ -144,10 +166,17 @@ class _Runner:
     """Puts batches of items to a model, and their answers into a folder."""
 
     def __init__(
-        self, model: Any, processor: Any, benchmark: Benchmark, folder: RunFolder, batches: Sequence[Sequence[Item]]
+        self,
+        model: Any,
+        processor: Any,
+        benchmark: Benchmark,
+        folder: RunFolder,
+        batches: Sequence[Sequence[Item]],
+        budget: Budget = UNLIMITED,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.budget = model, processor, budget
         self.benchmark, self.folder, self.batches = benchmark, folder, batches
+        self.batch_size = max((len(batch) for batch in batches), default=1)
         try:
             self.anatomy: Anatomy | None = Anatomy.of(model, processor)
         except InputError:  # a family that no method knows can still be measured as it is
@@ -155,30 +184,38 @@ class _Runner:
 
     def check_identity(self, chosen: Chosen) -> None:
         """Compares tokens on the first batch that has pictures: stock model, methods at their identity setting, and
-        the stock model again once they are detached.
+        the stock model again once they are detached. A strategy's are those of its answer.
 
         Raises:
             InputError: if any of them differs.
         """
         for batch in self.batches:
             good, pictures, _ = _open(batch)
-            if good:
+            if good and pictures[0] is not None:
                 break
         else:
-            return  # not one picture can be opened; each item's line will say why
+            return  # not one picture can be opened (each item's line will say why), or there are none to act on
         inputs = prepare(self.model, self.processor, pictures, [item.question for item in good])
         limit = min(CHECKED_TOKENS, good[0].max_new_tokens)
 
-        def tokens() -> torch.Tensor:
-            output: torch.Tensor = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
-            return output
+        def tokens() -> list[tuple[int, ...]]:
+            output = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
+            ends = end_tokens(self.model)
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            return [tuple(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
 
         stock = tokens()
         for name, own in chosen.items():
-            with attach(self.model, *(method.identity() for method in own), processor=self.processor):
-                neutral = tokens()
+            strategy, methods = strategy_of([method.identity() for method in own])
+            if strategy is None:
+                with attach(self.model, *methods, processor=self.processor):
+                    neutral = tokens()
+            else:
+                questions = [(picture, item.question) for item, picture in zip(good, pictures, strict=True)]
+                replies = converse(strategy, self.model, self.processor, questions, limit, methods)
+                neutral = [answer.tokens for answer in replies]
             for other, when in ((neutral, "at its identity setting"), (tokens(), "after it is detached")):
-                if not torch.equal(stock, other):
+                if stock != other:
                     raise InputError(
                         f"{name} changes the answers of this model even {when}, so no comparison with it can be "
                         "trusted; the run is refused"
@@ -217,37 +254,62 @@ class _Runner:
 
     def _generate(self, own: tuple[Method, ...], batch: Sequence[Item], pictures: Sequence[Any]) -> dict[str, Any]:
         """Item id -> the line of its answer."""
-        inputs = prepare(self.model, self.processor, pictures, [item.question for item in batch])
-        with attach(self.model, *own, processor=self.processor) as attached:
-            replies = reply(
+        text_only = pictures[0] is None
+        # Without a picture there is nothing that the methods could act on, and most refuse a batch that has none.
+        strategy, methods = strategy_of(() if text_only else own)
+        margin = any(_yes_or_no(item) for item in batch)
+        if strategy is not None:
+            questions = [(picture, item.question) for item, picture in zip(batch, pictures, strict=True)]
+            replies = converse(
+                strategy,
                 self.model,
                 self.processor,
-                inputs,
+                questions,
                 batch[0].max_new_tokens,
-                margin=any(_yes_or_no(item) for item in batch),
+                methods,
+                batch_size=self.batch_size,
+                margin=margin,
+                budget=self.budget,
             )
-            left, kept = attached.visual_tokens, attached.kept
-        given: list[int] | None = None
-        grids: list[Any] = [None] * len(batch)
-        if self.anatomy is not None:
-            given = self.anatomy.visual_positions(inputs["input_ids"]).sum(dim=1).tolist()
-            if kept is not None:
-                grids = list(self.anatomy.grids(inputs))
+            facts = [{"calls": answer.calls, "generated": answer.generated} for answer in replies]
+        else:
+            replies, facts = self._one_call(methods, batch, pictures, margin)
         rows = {}
-        for place, (item, answer) in enumerate(zip(batch, replies, strict=True)):
-            facts: dict[str, Any] = {"question": item.question, "cut_off": answer.cut_off}
-            if given is not None:
-                facts["visual_tokens"] = (left or given)[place]
-                facts["visual_tokens_given"] = given[place]
-            if kept is not None:
-                facts["kept"] = [int(index) for image in kept[place] for index in image.tolist()]
-                if grids[place] is not None:
-                    facts["grid"] = grids[place]
-                    facts["seen"] = seen(self.processor, pictures[place])
+        for item, answer, own_facts in zip(batch, replies, facts, strict=True):
+            told: dict[str, Any] = {"question": item.question, "cut_off": answer.cut_off}
+            if answer.stopped == "seconds":
+                told["stopped"] = answer.stopped
+            if text_only:
+                told["text_only"] = True
+            told |= own_facts
             if _yes_or_no(item) and answer.yes_logit_margin is not None:
-                facts["yes_logit_margin"] = round(answer.yes_logit_margin, 5)
-            rows[item.id] = self.benchmark.row(Answer(item, answer.text, answer.n_tokens, facts))
+                told["yes_logit_margin"] = round(answer.yes_logit_margin, 5)
+            rows[item.id] = self.benchmark.row(Answer(item, answer.text, answer.n_tokens, told))
         return rows
+
+    def _one_call(
+        self, methods: tuple[Method, ...], batch: Sequence[Item], pictures: Sequence[Any], margin: bool
+    ) -> tuple[list[Reply], list[dict[str, Any]]]:
+        """The replies of the model with methods on it, and what became of the visual tokens."""
+        inputs = prepare(self.model, self.processor, pictures, [item.question for item in batch])
+        limit = batch[0].max_new_tokens
+        with attach(self.model, *methods, processor=self.processor) as attached:
+            replies = reply(self.model, self.processor, inputs, limit, margin=margin, budget=self.budget)
+            left, kept = attached.visual_tokens, attached.kept
+        facts: list[dict[str, Any]] = [{} for _ in batch]
+        if self.anatomy is None or pictures[0] is None:
+            return replies, facts
+        given = self.anatomy.visual_positions(inputs["input_ids"]).sum(dim=1).tolist()
+        grids = list(self.anatomy.grids(inputs)) if kept is not None else []
+        for place, told in enumerate(facts):
+            told["visual_tokens"] = (left or given)[place]
+            told["visual_tokens_given"] = given[place]
+            if kept is not None:
+                told["kept"] = [int(index) for image in kept[place] for index in image.tolist()]
+                if grids[place] is not None:
+                    told["grid"] = grids[place]
+                    told["seen"] = seen(self.processor, pictures[place])
+        return replies, facts
 
 
 def _measure_costs(runner: _Runner, info: Mapping[str, Any], n: int, quiet: bool) -> None:
@@ -258,7 +320,8 @@ def _measure_costs(runner: _Runner, info: Mapping[str, Any], n: int, quiet: bool
         return
     good: list[Item] = []
     for batch in runner.batches:
-        good += _open(batch[: n - len(good)])[0]
+        if batch[0].picture is not None:
+            good += _open(batch[: n - len(good)])[0]
         if len(good) >= n:
             break
     if not good:
@@ -281,11 +344,11 @@ def _chosen(specs: Sequence[str]) -> dict[str, tuple[Method, ...]]:
 
 
 def _batches(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Items in fixed batches of one limit on tokens each."""
-    by_limit: dict[int, list[Item]] = {}
+    """Items in fixed batches of one limit on tokens each, those without a picture apart."""
+    alike: dict[tuple[int, bool], list[Item]] = {}
     for item in items:
-        by_limit.setdefault(item.max_new_tokens, []).append(item)
-    return [own[start : start + size] for own in by_limit.values() for start in range(0, len(own), size)]
+        alike.setdefault((item.max_new_tokens, item.picture is None), []).append(item)
+    return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
 
 def _open(batch: Sequence[Item]) -> tuple[list[Item], list[Any], dict[str, str]]:
@@ -293,7 +356,7 @@ def _open(batch: Sequence[Item]) -> tuple[list[Item], list[Any], dict[str, str]]
     good, pictures, failures = [], [], {}
     for item in batch:
         try:
-            pictures.append(item.picture())
+            pictures.append(None if item.picture is None else item.picture())
             good.append(item)
         except Exception as error:
             failures[item.id] = _told(error)

@@ -6,8 +6,9 @@ pictures), never by touching a class. Detaching, in whatever way the context end
 context everything is plain `transformers`: `model.generate(**inputs)`, `model(**inputs)`.
 
 What happens at the boundary of the language model is in `sightline.models.boundary`; the kinds of methods
-(`TokenReducer`, `AttentionSteering`, `HiddenSteering`, `ContrastiveDecoding`, `Strategy`) are the base classes in the
-folders of their papers.
+(`TokenReducer`, `AttentionSteering`, `HiddenSteering`, `ContrastiveDecoding`) are the base classes in the folders of
+their papers. A `Strategy` (`sightline.models.conversation`) is found and parsed like them, but does not attach: it asks
+a model several times.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Method(ABC):
             )
 
     def readings(self, anatomy: Anatomy) -> dict[str, TowerReading]:
-        """What is read off the vision tower, by name, into `Encoded.readings`; a name stands for the same everywhere."""
+        """What is read off the vision tower into `Encoded.readings`; a name stands for the same in all methods."""
         return {"cls": anatomy.cls} if self.needs_cls and anatomy.cls is not None else {}
 
     def install(self, boundary: Boundary) -> None:  # noqa: B027  (most need none)

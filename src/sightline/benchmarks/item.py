@@ -45,7 +45,7 @@ class Item:
         id: unique in the benchmark's split; the same settings give the same ids.
         question: the text that the model is asked.
         answer: the right answer.
-        picture: opens or draws the picture, each time it is called.
+        picture: opens or draws the picture, each time it is called; None: the question is asked without a picture.
         group: the cluster for the statistics: the picture.
         task: which of the benchmark's tasks this is.
         max_new_tokens: the longest answer allowed.
@@ -55,7 +55,7 @@ class Item:
     id: str
     question: str
     answer: str
-    picture: Callable[[], PIL.Image.Image]
+    picture: Callable[[], PIL.Image.Image] | None
     group: str
     task: str
     max_new_tokens: int
@@ -135,28 +135,47 @@ class Benchmark(ABC):
         Raises:
             InputError: if the runs do not hold the same items, each once.
         """
-        measured = []
-        for rows in (rows_a, rows_b):
-            ids = Counter(str(row["id"]) for row in rows)
-            if len(ids) < len(rows):
-                raise InputError(f"item {ids.most_common(1)[0][0]!r} occurs more than once in a run")
-            measured.append({str(row["id"]): self.measure(row) for row in rows})
-        a, b = measured
-        if a.keys() != b.keys():
-            raise InputError(f"the runs cannot be compared: {len(a.keys() ^ b.keys())} items are in one of them only")
-        group_of = {str(row["id"]): row["group"] for row in rows_a}
-        one_each = len(set(group_of.values())) == len(group_of)
-        if one_each and all(value in (0, 1) for value in (*a.values(), *b.values())):
-            return mcnemar_exact(sum(a[i] > b[i] for i in a), sum(b[i] > a[i] for i in a))
-        difference: dict[str, float] = dict.fromkeys(group_of.values(), 0.0)
-        for i, group in group_of.items():
-            difference[group] += b[i] - a[i]
+        matched = matching(rows_a, rows_b)
+        measured = [(self.measure(a), self.measure(b)) for a, b in matched]
+        groups = [a["group"] for a, _ in matched]
+        if len(set(groups)) == len(groups) and all(value in (0, 1) for both in measured for value in both):
+            return mcnemar_exact(sum(a > b for a, b in measured), sum(b > a for a, b in measured))
+        difference = dict.fromkeys(groups, 0.0)
+        for group, (a, b) in zip(groups, measured, strict=True):
+            difference[group] += b - a
         return sign_flip_test(list(difference.values()))
+
+    def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
+        """Score -> the two-sided p-value of its difference between two runs on the same items, for the scores besides
+        the headline that can be compared; none of them by default.
+
+        Raises:
+            InputError: if the runs do not hold the same items, each once.
+        """
+        return {}
 
     def check_split(self, split: str) -> None:
         """Raises InputError, with the nearest name, unless the benchmark has such a split."""
         if split not in self.splits:
             raise unknown(f"split of {self.name}", split, self.splits)
+
+
+def matching(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The two runs' rows of each item, in the order of the first.
+
+    Raises:
+        InputError: if the runs do not hold the same items, each once.
+    """
+    by_id: list[dict[str, Row]] = []
+    for rows in (rows_a, rows_b):
+        ids = Counter(str(row["id"]) for row in rows)
+        if len(ids) < len(rows):
+            raise InputError(f"item {ids.most_common(1)[0][0]!r} occurs more than once in a run")
+        by_id.append({str(row["id"]): row for row in rows})
+    a, b = by_id
+    if a.keys() != b.keys():
+        raise InputError(f"the runs cannot be compared: {len(a.keys() ^ b.keys())} items are in one of them only")
+    return [(row, b[name]) for name, row in a.items()]
 
 
 BenchmarkClass = TypeVar("BenchmarkClass", bound=type[Benchmark])

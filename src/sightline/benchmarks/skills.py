@@ -32,6 +32,7 @@ from sightline.benchmarks.item import (
     Row,
     Score,
     check_draw,
+    matching,
     register_benchmark,
 )
 from sightline.benchmarks.statistics import wilson
@@ -145,6 +146,21 @@ class Skills(Benchmark):
             elif own:
                 scores[skill] = _share(own)
         return scores
+
+    def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
+        """For each skill the test of `paired` on its items, for captions those of `Chair`."""
+        both = matching(rows_a, rows_b)
+        found: dict[str, float] = {}
+        for skill in SKILLS:
+            own = [pair for pair in both if pair[0]["task"] == skill]
+            a, b = [row for row, _ in own], [row for _, row in own]
+            if own and skill == "caption":
+                others = _CAPTIONS.paired_others(a, b)
+                found |= {"caption_chair_i": others["chair_i"], "caption_chair_s": _CAPTIONS.paired(a, b)}
+                found["caption_recall"] = others["recall"]
+            elif own:
+                found[skill] = self.paired(a, b)
+        return found
 
     def measure(self, row: Row) -> float:
         """1 for a right answer or a caption without hallucination, else 0."""
