@@ -117,7 +117,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatc
     recipe = Recipe(**TINY)  # type: ignore[arg-type]
     whole = train(recipe, tmp_path / "whole", checkpoint_every=2, quiet=True)
 
-    save = nano._State.save
+    save = nano.State.save
 
     def save_and_stop(self, phase, step, optimizer):  # type: ignore[no-untyped-def]
         save(self, phase, step, optimizer)
@@ -125,7 +125,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatc
             stops.remove((phase, step))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(nano._State, "save", save_and_stop)
+    monkeypatch.setattr(nano.State, "save", save_and_stop)
     stops = {("warm-up", 2), ("joint", 2), ("joint", 4)}
     while stops:
         with pytest.raises(KeyboardInterrupt):

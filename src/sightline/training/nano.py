@@ -413,9 +413,8 @@ def train(
     if recipe.compile:
         for layer in (*tower.encoder.layers, *model.model.language_model.layers):
             layer.compile(dynamic=False)
-    model.to(torch.device(device))
-    labels.to(device)
-    run = _Run(recipe, out, model, labels, packer, checkpoint_every, workers, quiet)
+    modules = nn.ModuleDict({"model": model, "labels": labels}).to(device)
+    run = _Run(recipe, out, modules, packer, checkpoint_every, workers, quiet)
     run.phase("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate)
     run.phase("joint", recipe.steps, recipe.learning_rate)
     return _finish(model, tokenizer, out)
@@ -428,17 +427,17 @@ class _Run:
         self,
         recipe: Recipe,
         out: Path,
-        model: LlavaForConditionalGeneration,
-        labels: PatchLabels,
+        modules: nn.ModuleDict,
         packer: Packer,
         checkpoint_every: int,
         workers: int,
         quiet: bool,
     ) -> None:
-        self.recipe, self.out, self.model, self.labels, self.packer = recipe, out, model, labels, packer
+        self.recipe, self.out, self.modules, self.packer = recipe, out, modules, packer
+        self.model: Any = modules["model"]
+        self.labels = modules["labels"]
         words = [packer.ids(f" {word}")[0] for names in LABEL_WORDS for word in names]
-        self.words = torch.tensor(words, device=model.device)
-        self.modules = nn.ModuleDict({"model": model, "labels": labels})
+        self.words = torch.tensor(words, device=str(self.model.device))
         self.state = State(out / "state.safetensors", self.modules)
         self.checkpoint_every, self.workers, self.quiet = checkpoint_every, workers, quiet
         self.started = time.time()
