@@ -8,6 +8,8 @@ layers, four heads and sixteen visual tokens, `SETTINGS` has others.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -17,14 +19,19 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from sightline.grounding.attention_steering import AttentionSteering
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding
+from sightline.grounding.contrastive_decoding import PictureView
 from sightline.grounding.hidden_steering import HiddenSteering
 from sightline.methods import Method, methods
 from sightline.models.anatomy import Anatomy
 from sightline.reduction.token_reducer import ImageTokens, TokenReducer
 
-SETTINGS: dict[str, dict[str, Any]] = {"fastervlm": {"keep": 0.4}}
-NAMES: tuple[str, ...] = tuple(methods())
+SETTINGS: dict[str, dict[str, Any]] = {
+    "damro": {"k": 4},
+    "fastervlm": {"keep": 0.4},
+    "lacing": {"cfg_scale": 2.0, "soft_image": "untrained"},
+}
+NAMES: tuple[str, ...] = tuple(name for name, kind in methods().items() if kind.attaches)
+"""The methods that attach to a model. (Strategies, which ask it several times, have tests of their own.)"""
 ORDERED_PAIRS = [(first, second) for first in NAMES for second in NAMES if first != second]
 NEW_TOKENS = 4
 
@@ -48,12 +55,23 @@ def anatomy_of(family: str) -> Anatomy:
 @functools.cache
 def refusal(name: str, family: str) -> str | None:
     """What the error says when the method cannot work on the family; None where it works."""
-    lacks_cls = methods()[name].needs_cls and anatomy_of(family).cls is None
-    return r"needs a vision tower with a \[CLS\] token" if lacks_cls else None
+    return refusal_on(name, anatomy_of(family))
+
+
+def refusal_on(name: str, anatomy: Anatomy) -> str | None:
+    """The same, of any model."""
+    if methods()[name].needs_cls and anatomy.cls is None:
+        return r"needs a vision tower with a \[CLS\] token"
+    return "visual tokens are no raster" if name == "agla" and not anatomy.rasters else None
 
 
 WORKING = [(name, family) for name in NAMES for family in FAMILIES if refusal(name, family) is None]
 REFUSED = [(name, family) for name in NAMES for family in FAMILIES if refusal(name, family) is not None]
+
+
+def has_picture(batch: dict[str, Any]) -> bool:
+    """Whether any prompt of the batch shows a picture."""
+    return batch.get("pixel_values") is not None
 
 
 def generate(model: Any, batch: dict[str, Any], new: int = NEW_TOKENS, **options: Any) -> Any:
@@ -93,6 +111,19 @@ def traces(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def row_counts(model: Any) -> Iterator[list[int]]:
+    """How many rows the language model is given at each step."""
+    counts: list[int] = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
 # --- Methods that exist only here ---
 
 
@@ -119,7 +150,7 @@ class Nothing(Method):
 
 
 @dataclass(frozen=True)
-class Mirror(ContrastiveDecoding):
+class Mirror(PictureView):
     """Answers by the mirrored picture alone: the main rows are read and not listened to."""
 
     paper: ClassVar[str] = "mirror"
@@ -130,8 +161,8 @@ class Mirror(ContrastiveDecoding):
     def view(self, pictures: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         return [picture.flip(-1) for picture in pictures]
 
-    def combine(self, logits: Tensor, view: Tensor) -> Tensor:
-        return view
+    def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        return branches[0]
 
 
 @dataclass(frozen=True)

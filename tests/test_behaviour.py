@@ -8,7 +8,7 @@ from typing import Any
 import families as tiny
 import pytest
 import torch
-from families import FAMILIES, MROPE_FAMILIES
+from families import CLS_FAMILIES, FAMILIES, MROPE_FAMILIES
 from specimens import (
     NAMES,
     NEW_TOKENS,
@@ -19,9 +19,11 @@ from specimens import (
     Nothing,
     forward_logits,
     generate,
+    has_picture,
     logits,
     model_of,
     refusal,
+    refusal_on,
     specimen,
     tokens,
     traces,
@@ -30,14 +32,14 @@ from transformers import DynamicCache
 
 import sightline as sl
 from sightline.errors import InputError
-from sightline.methods import methods
+from sightline.methods import Method, methods
 
 works = pytest.mark.parametrize(("name", "family"), WORKING)
 IMAGES = pytest.mark.parametrize("images", [1, [2, 0, 1]], ids=["one each", "two, none, one"])
 
 
 def test_the_suite_is_made_from_the_catalogue() -> None:
-    assert set(NAMES) == set(methods())
+    assert set(NAMES) == {name for name, kind in methods().items() if kind.attaches}
     assert len(WORKING) + len(REFUSED) == len(NAMES) * len(FAMILIES)
     assert {name for name, _ in WORKING} == set(NAMES)
     for name in NAMES:
@@ -118,12 +120,15 @@ def test_a_row_of_a_padded_batch_is_answered_as_if_it_were_alone(name: str, fami
     with sl.attach(model, specimen(name)):
         together = generate(model, batch)
         plain = forward_logits(model, batch)
-        for row in range(3):
-            one = tiny.single(family, model, row, images_per_row=images)
+    for row in range(3):
+        one = tiny.single(family, model, row, images_per_row=images)
+        # A row without a picture is answered as by the stock model.
+        with sl.attach(model, *([specimen(name)] if has_picture(one) else [])):
             alone = generate(model, one)
-            assert torch.equal(alone.sequences[0, -NEW_TOKENS:], together.sequences[row, -NEW_TOKENS:])
-            torch.testing.assert_close(logits(together)[row], logits(alone)[0], atol=1e-4, rtol=0)
-            torch.testing.assert_close(plain[row], forward_logits(model, one)[0], atol=1e-4, rtol=0)
+            alone_plain = forward_logits(model, one)[0]
+        assert torch.equal(alone.sequences[0, -NEW_TOKENS:], together.sequences[row, -NEW_TOKENS:])
+        torch.testing.assert_close(logits(together)[row], logits(alone)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(plain[row], alone_plain, atol=1e-4, rtol=0)
 
 
 @works
@@ -218,9 +223,13 @@ def test_sampling_follows_the_seed_and_gives_as_many_answers_as_asked(name: str,
 
 
 @works
-def test_a_prompt_without_pictures_passes_as_through_the_stock_model(name: str, family: str) -> None:
+def test_prompts_without_pictures_pass_as_through_the_stock_model_or_are_refused(name: str, family: str) -> None:
     model = model_of(family)
     batch = tiny.inputs(family, model, images_per_row=0)
+    if specimen(name).needs_picture:
+        with sl.attach(model, specimen(name)), pytest.raises(InputError, match="no prompt of this batch has one"):
+            generate(model, batch)
+        return
     stock = [torch.stack(generate(model, batch).logits), model(**batch).logits]
     beams = tokens(model, batch, num_beams=3)
     with sl.attach(model, specimen(name)):
@@ -237,25 +246,34 @@ def test_hidden_states_and_attentions_are_those_of_the_rows_that_were_asked_abou
     batch = tiny.inputs(family, model)
     with sl.attach(model, specimen(name)):
         out = generate(model, batch, output_hidden_states=True)
-        assert {len(layer) for step in out.hidden_states for layer in step} == {3}
-        model.set_attn_implementation("eager")
-        try:
+    assert {len(layer) for step in out.hidden_states for layer in step} == {3}
+    model.set_attn_implementation("eager")
+    try:
+        with sl.attach(model, specimen(name)):
             out = generate(model, batch, output_attentions=True)
-        finally:
-            model.set_attn_implementation("sdpa")
-        assert {len(layer) for step in out.attentions for layer in step} == {3}
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert {len(layer) for step in out.attentions for layer in step} == {3}
 
 
 # --- Two at once ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("first", "second"), ORDERED_PAIRS)
+def two_families(first: str, second: str) -> list[str]:
+    """One of the families with a [CLS] token and one of the others, by turns."""
+    turn = ORDERED_PAIRS.index((first, second))
+    others = [family for family in FAMILIES if family not in CLS_FAMILIES]
+    return [CLS_FAMILIES[turn % len(CLS_FAMILIES)], others[turn % len(others)]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "family"), [(*pair, family) for pair in ORDERED_PAIRS for family in two_families(*pair)]
+)
 def test_two_methods_at_once_work_or_are_refused(first: str, second: str, family: str) -> None:
     model = model_of(family)
     pair = (specimen(first), specimen(second))
     reason = refusal(first, family) or refusal(second, family)
-    if reason is None and pair[0].changes & pair[1].changes:
+    if reason is None and pair[0].claims() & pair[1].claims():
         reason = "do not compose: both change"
     if reason is not None:
         with pytest.raises(InputError, match=reason):
@@ -265,8 +283,10 @@ def test_two_methods_at_once_work_or_are_refused(first: str, second: str, family
     with sl.attach(model, *pair):
         cached, anew = generate(model, batch, new=3), generate(model, batch, new=3, use_cache=False)
         beams = tokens(model, batch, new=3, num_beams=2)
-        row = random.Random(f"{first}{second}{family}").randrange(3)
-        alone = generate(model, tiny.single(family, model, row, images_per_row=[2, 0, 1]), new=3)
+    row = random.Random(f"{first}{second}{family}").randrange(3)
+    single = tiny.single(family, model, row, images_per_row=[2, 0, 1])
+    with sl.attach(model, *(pair if has_picture(single) else ())):
+        alone = generate(model, single, new=3)
     assert torch.equal(cached.sequences, anew.sequences)
     torch.testing.assert_close(logits(cached)[row], logits(alone)[0], atol=1e-4, rtol=0)
     assert [len(answer) for answer in beams] == [3, 3, 3]
@@ -280,7 +300,11 @@ def test_two_methods_at_once_work_or_are_refused(first: str, second: str, family
 def test_all_methods_at_once() -> None:
     model = model_of("llava")
     batch = tiny.inputs("llava", model, images_per_row=[2, 0, 1])
-    everything = [specimen(name) for name in NAMES]
+    everything: list[Method] = []
+    for name in NAMES:
+        if not any(specimen(name).claims() & method.claims() for method in everything):
+            everything.append(specimen(name))
+    assert len(everything) > len(NAMES) / 2
     with sl.attach(model, *everything):
         assert tokens(model, batch) == tokens(model, batch, use_cache=False)
         assert tokens(model, batch, num_beams=3) == tokens(model, batch, num_beams=3, use_cache=False)
@@ -328,8 +352,9 @@ def test_other_members_of_the_families(name: str, variant: str) -> None:
     family, options = VARIANTS[variant]
     model = tiny.tiny_model(family, **options)
     method = specimen(name)
-    if method.needs_cls and sl.Anatomy.of(model).cls is None:
-        with pytest.raises(InputError, match="needs a vision tower"):
+    reason = refusal_on(name, sl.Anatomy.of(model))
+    if reason is not None:
+        with pytest.raises(InputError, match=reason):
             sl.attach(model, method)
         return
     batch = tiny.inputs(family, model, images_per_row=[2, 0, 1])

@@ -31,7 +31,7 @@ from transformers import DynamicCache
 import sightline as sl
 from sightline.errors import InputError
 from sightline.grounding.attention_steering import AttentionSteering
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, PictureView
 from sightline.grounding.hidden_steering import HiddenSteering
 from sightline.methods import Method
 
@@ -82,7 +82,7 @@ def test_the_prompt_is_read_once(name: str, family: str) -> None:
     prompt = out.past_key_values.get_seq_length() - 3
     assert attached.runs == expected_runs([method], 3, prompt, 4)
     assert prompt == batch["input_ids"].shape[1] or attachment.kept is not None
-    assert attached.encoded == stock.encoded + isinstance(method, ContrastiveDecoding)
+    assert attached.encoded == stock.encoded + isinstance(method, PictureView)
 
 
 @each_family
@@ -105,7 +105,7 @@ def test_without_a_cache_what_the_prompt_told_is_not_asked_again(name: str, fami
     with sl.attach(model, method), Counter(family) as attached:
         generate(model, batch, use_cache=False)
     assert [rows for rows, _ in attached.runs] == [rows for rows, _ in expected_runs([method], 1, 0, 4)]
-    assert attached.encoded == stock.encoded + isinstance(method, ContrastiveDecoding)
+    assert attached.encoded == stock.encoded + isinstance(method, PictureView)
 
 
 # --- The extra rows, against the stock model ---
