@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -173,6 +174,30 @@ def test_paired_test_is_mcnemar_on_captions_with_a_hallucination() -> None:
     assert chair.paired(clean, dirty) == pytest.approx(mcnemar_exact(0, 6))
 
 
+def test_ratios_are_tested_by_exchanging_captions() -> None:
+    chair = Chair()
+    texts = ["a boat and a cup and a cup", "a boat", "a boat and a cup", "a dog and a cup", "a boat"]
+    other = ["a boat", "a boat and a dog", "a boat", "a dog", "a boat and a cup"]
+    a, b = ([_row(chair, f"{i}", ["boat", "dog"], text) for i, text in enumerate(own)] for own in (texts, other))
+    found = chair.paired_others(a, b)
+    assert list(found) == ["chair_i", "recall", "precision", "f1", "length"]
+
+    def difference(swapped: tuple[bool, ...], name: str) -> float:
+        pairs = [(y, x) if swap else (x, y) for swap, x, y in zip(swapped, a, b, strict=True)]
+        one, two = (chair.scores([pair[side] for pair in pairs])[name].value for side in (0, 1))
+        return abs(one - two)
+
+    ways = list(itertools.product((False, True), repeat=5))
+    for name, p in found.items():
+        as_far = [difference(way, name) >= difference(ways[0], name) - 1e-9 for way in ways]
+        assert p == pytest.approx(sum(as_far) / len(ways), abs=0.02)
+    lite = [dict(row, metric="chair-lite") for row in b]
+    with pytest.raises(InputError, match="CHAIR-lite"):
+        chair.paired_others(a, lite)
+    with pytest.raises(InputError, match="in one of them only"):
+        chair.paired_others(a, b[1:])
+
+
 def test_picturebook_captions_of_the_record_are_read_without_a_miss() -> None:
     # Ground-truth captions name each visible kind, so nothing is hallucinated and nothing is left out.
     chair = Chair()
@@ -204,6 +229,17 @@ def test_picturebook_items_tell_what_is_visible(against: bool) -> None:
         assert not against or (own.anchor in item.meta["objects"] and own.partner not in item.meta["objects"])
         json.dumps(dict(item.meta))
     assert items[5].picture().tobytes() == draw(sample_scene("test", items[5].meta["scene"], against=against)).tobytes()
+
+
+def test_scenes_of_validation_are_others() -> None:
+    chair = Chair(scenes="validation")
+    for item in chair.items("test", 5):
+        scene = sample_scene("validation", item.meta["scene"])
+        assert item.meta["objects"] == list(scene.kinds)
+        assert item.picture is not None
+        assert item.picture().tobytes() == draw(scene).tobytes()
+    with pytest.raises(InputError, match="did you mean 'validation'"):
+        Chair(scenes="validatio")  # type: ignore[arg-type]
 
 
 SYNONYMS = "person, man, woman\ndog, puppy\nhot dog\nchair, seat\ndining table, table\ntoilet\nbench\n"

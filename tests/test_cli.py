@@ -42,23 +42,41 @@ SURFACE = {
         "--items",
         "--json",
         "--max-new-tokens",
+        "--max-seconds",
         "--methods",
         "--option",
         "--out",
+        "--pairs",
         "--questions",
         "--seed",
         "--source",
         "--split",
+        "--sweep",
         "--synonyms",
     ],
     "report": ["run"],
-    "ask": [*COMMON_MODEL_OPTIONS, "--max-new-tokens", "--methods", "picture", "question"],
+    "ask": [*COMMON_MODEL_OPTIONS, "--max-new-tokens", "--max-seconds", "--methods", "picture", "question"],
+    "attack": [
+        *COMMON_MODEL_OPTIONS,
+        "--epsilon",
+        "--guard-tokens",
+        "--items",
+        "--iterations",
+        "--json",
+        "--max-new-tokens",
+        "--methods",
+        "--out",
+        "--question",
+        "--sample-every",
+        "--seed",
+    ],
     "papers": ["--json", "--stretch"],
     "methods": ["--json"],
     "picturebook draw": ["--against", "--seed", "--size", "--split", "-n", "out"],
     "train nano": [
         "--batch",
         "--compile",
+        "--device",
         "--no-compile",
         "--out",
         "--seed",
@@ -66,7 +84,9 @@ SURFACE = {
         "--steps",
         "--threads",
         "--warm-up-steps",
+        "--workers",
     ],
+    "train soft-image": ["--batch", "--device", "--model", "--out", "--seed", "--steps", "--threads"],
 }
 
 
@@ -149,6 +169,39 @@ def test_several_methods_after_one_option(monkeypatch: pytest.MonkeyPatch) -> No
     assert taken[-1]["methods"] == ["none"]
 
 
+def test_pairs_and_sweeps_become_entries_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[list[str], bool]] = []
+
+    def run(model: str, benchmark: str, methods: list[str], out: Path | None, **options: Any) -> Any:
+        taken.append((methods, options["skip_refused"]))
+        raise InputError("seen enough")
+
+    monkeypatch.setattr("sightline.bench.run", run)
+    refused("bench", "--pairs", "--methods", "vista", "fastervlm:keep=0.25", "ritual")
+    singles = ["vista", "fastervlm:keep=0.25", "ritual"]
+    pairs = ["vista+fastervlm:keep=0.25", "vista+ritual", "fastervlm:keep=0.25+ritual"]
+    assert taken[-1] == (["none", *singles, *pairs], True)
+    sweep = [
+        "vista:strength=0.1",
+        "vista:strength=0.2",
+        "fastervlm:keep=0.5",
+        "fastervlm:keep=0.75",
+        "fastervlm:keep=1",
+    ]
+    for arguments in (
+        ["--sweep", "vista:strength=0.1;0.2", "fastervlm:keep=0.5..1..3"],
+        ["--sweep=vista:strength=0.1;0.2", "--sweep", "fastervlm:keep=0.5..1..3"],
+    ):
+        refused("bench", *arguments)
+        assert taken[-1] == (["none", *sweep], False)
+    refused("bench", "--methods", "ritual", "--sweep", "vista:strength=0.1;0.2", "--items", "3")
+    assert taken[-1][0] == ["ritual", *sweep[:2]]
+    count = len(taken)
+    assert "two methods or more" in refused("bench", "--pairs", "--methods", "vista")
+    assert "which values of gamma" in refused("bench", "--sweep", "vista:gamma")
+    assert len(taken) == count
+
+
 def test_options_of_the_benchmark_come_in_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
 
@@ -191,6 +244,33 @@ def test_bench_then_report(checkpoint: str, tmp_path: Path) -> None:
     assert "other settings (seed: 0, now 1, another item_set)" in refused(*arguments, "--seed", "1")
 
 
+def test_bench_in_pairs_tells_what_was_refused(checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [
+        "bench",
+        "--model",
+        checkpoint,
+        "--items",
+        "6",
+        "--max-new-tokens",
+        "2",
+        "--cost-items",
+        "0",
+        "--pairs",
+    ]
+    methods = ["--methods", "vista", "fastervlm:keep=0.5", "fastervlm:keep=0.25", "--out", str(out)]
+    result = call(*arguments, *methods)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "Refused: fastervlm:keep=0.5+fastervlm:keep=0.25: fastervlm is given twice" in told
+    records = [json.loads(line) for line in call(*arguments, *methods, "--json").stdout.splitlines()]
+    pairs = {record["method"]: record["pair"] for record in records if record["pair"]}
+    assert list(pairs) == ["vista+fastervlm:keep=0.5", "vista+fastervlm:keep=0.25"]
+    assert pairs["vista+fastervlm:keep=0.5"]["first"] == "vista"
+    assert call("report", str(out)).exit_code == 0
+    assert "Methods in pairs" in (out / "report.html").read_text()
+
+
 def test_a_run_without_a_folder_gets_one_named_by_its_settings(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +309,17 @@ def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert "holds no run" in refused("report", str(tmp_path / "nowhere"))
 
 
+def test_a_benchmark_of_words_beside_pictures(checkpoint: str, tmp_path: Path) -> None:
+    arguments = ["bench", "--benchmark", "words-or-vision", "--option", "context={text}", "--model", checkpoint]
+    arguments += ["--items", "3", "--max-new-tokens", "2", "--cost-items", "1", "--methods", "vista"]
+    result = call(*arguments, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "macro" in result.stdout
+    result = call("report", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "words-or-vision" in (tmp_path / "report.html").read_text()
+
+
 # --- ask ---
 
 
@@ -245,12 +336,34 @@ def test_ask_answers_about_any_picture(checkpoint: str, tmp_path: Path) -> None:
 
     inputs = processor(images=open_picture(file), text="USER: <image>\nWhat is there? ASSISTANT:", return_tensors="pt")
     new = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip() + " [cut off: 4 tokens]"
     assert result.stdout == expected + "\n"
     several = call(*arguments, "--methods", "none", "fastervlm:keep=0.5+vista")
     shown = several.stdout.split("\n")
     assert shown[0] == f"none: {expected}".split("\n")[0]
     assert "fastervlm:keep=0.5+vista: " in several.stdout
+
+
+def test_ask_with_a_strategy_and_a_limit_on_time(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sightline.models import answering
+    from sightline.models.loading import load
+    from sightline.reasoning.mvp_reasoning import MvpReasoning
+
+    file = tmp_path / "photo.png"
+    picture = draw(sample_scene("test", 3))
+    picture.save(file)
+    arguments = ["ask", str(file), "Is there a cat?", "--model", checkpoint, "--max-new-tokens", "3"]
+    result = call(*arguments, "--methods", "none", "mvp_reasoning", "vista+mvp_reasoning")
+    assert result.exit_code == 0, result.output
+    model, processor = load(checkpoint)
+    by_hand = MvpReasoning().answer(model, processor, picture, "Is there a cat?", 3)
+    assert f"mvp_reasoning: {by_hand.text}{answering.cut_off_mark(by_hand)}\n" in result.stdout
+    assert "vista+mvp_reasoning: " in result.stdout
+    seconds = iter(range(0, 1000, 5))
+    monkeypatch.setattr(answering, "clock", lambda: next(seconds))
+    assert call(*arguments, "--max-seconds", "7.5").stdout.endswith(" [cut off: 7.5 s]\n")
 
 
 def test_ask_refuses_bad_input(checkpoint: str, tmp_path: Path) -> None:
@@ -268,20 +381,26 @@ def test_ask_refuses_bad_input(checkpoint: str, tmp_path: Path) -> None:
     assert "does not exist" in refused("ask", str(tmp_path / "none.png"), "What?", *model)
     assert "is a folder" in refused("ask", str(tmp_path), "What?", *model)
     assert "unknown method" in refused("ask", str(good), "What?", *model, "--methods", "vhs")
+    assert "given twice" in refused("ask", str(good), "What?", "--model", "nowhere", "--methods", "vista+vista")
+    assert "seconds of a budget" in refused("ask", str(good), "What?", *model, "--max-seconds", "0")
 
 
 # --- papers, methods, picturebook, train ---
 
 
 def test_papers_lists_the_catalogue() -> None:
-    from sightline.papers import as_dict, papers
+    from sightline.papers import as_dict, papers, peers
 
     records = [json.loads(line) for line in call("papers", "--json").stdout.splitlines()]
     assert records == [as_dict(entry) for entry in papers()]
     assert list(records[0]) == ["slug", "title", "stretch", "status", "object"]
+    assert not {entry.slug for entry in peers()} & {record["slug"] for record in records}
     shown = call("papers", "--stretch", "grounding").stdout
     assert "vista" in shown
     assert "fastervlm" not in shown
+    assert any(line.startswith("vcd ") and "peer" in line for line in shown.splitlines())
+    assert f"of {len(peers())} peers implemented" in shown
+    assert "peer" not in call("papers", "--stretch", "reduction").stdout
     assert "did you mean 'grounding'" in refused("papers", "--stretch", "groundin")
 
 
@@ -290,6 +409,7 @@ def test_methods_lists_parameters_and_defaults() -> None:
 
     records = {record["method"]: record for record in map(json.loads, call("methods", "--json").stdout.splitlines())}
     assert list(records) == list(methods())
+    assert {name for name, record in records.items() if record["peer"]} == {"dola", "pai", "vcd"}
     assert records["fastervlm"]["parameters"]["keep"] == methods()["fastervlm"]().keep  # type: ignore[attr-defined]
     shown = call("methods").stdout
     assert all(name in shown for name in records)
@@ -332,15 +452,15 @@ def test_train_nano_passes_its_recipe_on(tmp_path: Path, monkeypatch: pytest.Mon
 
     taken: list[Any] = []
 
-    def train(recipe: Recipe, out: Path, threads: int = 1) -> Path:
-        taken.append((recipe, out, threads))
+    def train(recipe: Recipe, out: Path, threads: int, device: str, workers: int) -> Path:
+        taken.append((recipe, out, threads, device, workers))
         return out / "checkpoint"
 
     monkeypatch.setattr("sightline.training.nano.train", train)
     arguments = ["--size", "pico", "--seed", "3", "--steps", "5", "--no-compile", "--out", str(tmp_path)]
     result = call("train", "nano", *arguments)
     assert result.exit_code == 0, result.output
-    assert taken == [(Recipe.of("pico", seed=3, steps=5, compile=False), tmp_path, 1)]
+    assert taken == [(Recipe.of("pico", seed=3, steps=5, compile=False), tmp_path, 1, "cpu", 1)]
     assert result.stdout.strip() == str(tmp_path / "checkpoint")
     assert "did you mean 'nano'" in refused("train", "nano", "--size", "nanoo")
     assert "steps must be 1 or more" in refused("train", "nano", "--steps", "0")

@@ -13,7 +13,7 @@ import pytest
 
 import sightline.papers
 from sightline.errors import InputError
-from sightline.papers import STRETCHES, _assigned, as_dict, paper, papers, read_catalogue
+from sightline.papers import STRETCHES, _assigned, as_dict, paper, papers, peers, read_catalogue
 
 PACKAGE = Path(sightline.papers.__file__).parent
 ENTRY = """
@@ -187,7 +187,7 @@ def test_the_arxiv_number_may_be_missing(package: Path) -> None:
 
 
 def test_every_implemented_object_exists_and_says_which_paper_it_is() -> None:
-    for entry in papers():
+    for entry in (*papers(), *peers()):
         if entry.object is not None:
             module, _, name = entry.object.rpartition(".")
             found = getattr(importlib.import_module(module), name)
@@ -196,14 +196,14 @@ def test_every_implemented_object_exists_and_says_which_paper_it_is() -> None:
 
 def test_every_file_that_is_named_by_a_paper_implements_it_and_has_a_test() -> None:
     tests = {path.name for path in Path(__file__).parent.rglob("test_*.py")}
-    for entry in papers():
+    for entry in (*papers(), *peers()):
         if (PACKAGE / entry.stretch / f"{entry.slug}.py").exists():
             assert entry.status == "implemented", f"{entry.slug}.py does not say that it is the paper"
             assert f"test_{entry.slug}.py" in tests, f"{entry.slug} has no test of its own"
 
 
 def test_a_paper_is_claimed_nowhere_but_in_its_file() -> None:
-    own = {PACKAGE / entry.stretch / f"{entry.slug}.py" for entry in papers()}
+    own = {PACKAGE / entry.stretch / f"{entry.slug}.py" for entry in (*papers(), *peers())}
     for path in set(PACKAGE.rglob("*.py")) - own:
         module = ast.parse(path.read_text(encoding="utf-8"))
         assert not {"PAPER", "OBJECT"} & _assigned(module.body).keys(), path

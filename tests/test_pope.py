@@ -214,11 +214,15 @@ def test_margin_gives_p_yes_and_auroc() -> None:
         for item, (_, margin) in zip(items, answers, strict=True)
     ]
     assert [row["p_yes"] for row in rows] == pytest.approx([0.880797, 0.731059, 0.5, 0.5], abs=1e-6)
-    auroc = Pope().scores(rows)["auroc"]
-    assert auroc.value == pytest.approx(2.5 / 4)
-    assert auroc.low <= auroc.value <= auroc.high
+    scores = Pope().scores(rows)
+    assert scores["auroc"].value == pytest.approx(2.5 / 4)
+    # Two labels are yes, and so are the answers of the two highest margins: one of them rightly, so one no too.
+    assert scores["calibrated_accuracy"].value == 0.5
+    for name in ("auroc", "calibrated_accuracy"):
+        assert scores[name].low <= scores[name].value <= scores[name].high
     del rows[0]["yes_logit_margin"]
-    assert "auroc" not in Pope().scores(rows)
+    assert {"auroc", "calibrated_accuracy"}.isdisjoint(Pope().scores(rows))
+    assert list(Pope().paired_others(rows, rows)) == ["precision", "recall", "f1", "yes_rate"]
 
 
 def test_rows_are_json_and_scores_survive_the_file() -> None:
@@ -252,12 +256,30 @@ def test_paired_flips_pictures_or_is_mcnemar_where_each_has_one_item() -> None:
     assert pope.paired(_rows(pope, labels), _rows(pope, labels)) == 1.0
 
 
+def test_other_scores_are_tested_by_exchanging_pictures() -> None:
+    # Two pictures of two questions each: four ways to exchange them, of which two are mirror images of the others.
+    before = [("p", "yes", "no"), ("p", "no", "no"), ("q", "yes", "yes"), ("q", "no", "yes")]
+    after = [("p", "yes", "yes"), ("p", "no", "yes"), ("q", "yes", "yes"), ("q", "no", "no")]
+    found = Pope().paired_others(_rows(Pope(), before), _rows(Pope(), after))
+    # yes_rate 2/4, then 3/4, and by picture +2 and -1: only exchanging one of the two takes them further apart.
+    assert found["yes_rate"] == 1.0
+    # recall 1/2, then 2/2: only p changed, so each exchange is as far.
+    assert found["recall"] == 1.0
+    assert "auroc" not in found
+    many = [(f"{i}", "yes", "no") for i in range(12)]
+    few = [(f"{i}", "yes", "yes") for i in range(12)]
+    p = Pope().paired_others(_rows(Pope(), many), _rows(Pope(), few))
+    assert p["recall"] == p["yes_rate"] == p["f1"] < 0.002, "two of 4096 ways, as often as 10000 draws find them"
+
+
 def test_paired_refuses_other_items() -> None:
     rows = _rows(Pope(), ANSWERS)
     with pytest.raises(InputError, match="1 items are in one of them only"):
         Pope().paired(rows, rows[1:])
     with pytest.raises(InputError, match="more than once"):
         Pope().paired(rows, [*rows[:-1], rows[0]])
+    with pytest.raises(InputError, match="1 items are in one of them only"):
+        Pope().paired_others(rows, rows[1:])
 
 
 @pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
@@ -291,6 +313,20 @@ def test_adversarial_picturebook_asks_for_the_missing_partner() -> None:
     ]
     assert len(asked) == 40
     assert sum(asked) >= 36
+
+
+@pytest.mark.parametrize("split", ["random", "adversarial"])
+def test_scenes_of_validation_are_others(split: str) -> None:
+    items, tested = (Pope(scenes=scenes).items(split, 12) for scenes in ("validation", "test"))
+    against = split == "adversarial"
+    assert [item.id for item in Pope().items(split, 12)] == [item.id for item in tested]
+    for item in items:
+        scene = sample_scene("validation", item.meta["scene"], against=against)
+        assert (item.answer == "yes") == (item.meta["object"] in scene.kinds)
+        assert item.picture is not None
+        assert item.picture().tobytes() == draw(scene).tobytes()
+    with pytest.raises(InputError, match="did you mean 'validation'"):
+        Pope(scenes="validatio")  # type: ignore[arg-type]
 
 
 def test_positives_of_the_picturebook_are_not_always_the_anchor() -> None:

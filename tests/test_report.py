@@ -17,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from sightline.bench import _options
+from sightline.benchmarks.changes import lower_is_better
 from sightline.benchmarks.costs import Cost
 from sightline.benchmarks.item import Answer, Item, Score, get_benchmark
 from sightline.benchmarks.run_folder import RunFolder
@@ -28,7 +29,7 @@ from sightline.picturebook.questions import long_caption
 from sightline.picturebook.scene import sample_scene
 from sightline.report import table
 from sightline.report.examples import Example, _marked, choose, data_uri, dropped, is_right
-from sightline.report.page import lower_is_better, verdict, write_report
+from sightline.report.page import verdict, write_report
 from sightline.report.plots import HEIGHT, WIDTH, Point, Scale, _label_places, _meet, interval, scatter, ticks
 
 METHODS = ("none", "fastervlm:keep=0.1", "vhr")
@@ -457,6 +458,10 @@ def test_json_fields_are_frozen(tmp_path: Path) -> None:
             "time_per_token",
             "peak_memory",
             "ratio",
+            "p_values",
+            "change",
+            "costs",
+            "pair",
         ]
         assert list(record["ratio"]) == ["visual_tokens", "time_to_first_token", "time_per_token", "peak_memory"]
         assert list(record["scores"])[:6] == ["accuracy", "precision", "recall", "f1", "yes_rate", "unparsed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from sightline.benchmarks.chair import Chair
 from sightline.benchmarks.item import Answer, Item, get_benchmark
 from sightline.benchmarks.skills import SKILLS, likely_absent, normalised, popular_kinds
-from sightline.benchmarks.statistics import wilson
+from sightline.benchmarks.statistics import mcnemar_exact, wilson
 from sightline.errors import InputError
 from sightline.picturebook.draw import draw
 from sightline.picturebook.scene import (
@@ -193,6 +194,28 @@ def test_scores_by_hand(items: dict[str, list[Item]]) -> None:
     assert scores["caption_chair_i"].value == pytest.approx(6 / (6 + named))
     assert scores["caption_recall"].value == pytest.approx(named / sum(there))
     assert scores["caption_chair_i"] == Chair(against=True).scores(captions)["chair_i"]
+
+
+def test_each_skill_is_tested_on_its_own_items(items: dict[str, list[Item]]) -> None:
+    def rows(right: Callable[[str, int], bool]) -> list[dict[str, object]]:
+        made = []
+        for task in ("colour", "count", "caption"):
+            for place, item in enumerate(items[task][:12]):
+                partner = SCENE_TYPES[scene_of(item).scene_type].partner
+                wrong = f"There is a {partner}." if task == "caption" else "nothing of the kind"
+                made.append(skills.row(Answer(item, item.answer if right(task, place) else wrong, 1)))
+        return made
+
+    before = rows(lambda task, place: place >= 6)
+    after = rows(lambda task, place: place >= 6 or task != "count")
+    found = skills.paired_others(before, after)
+    assert list(found) == ["colour", "count", "caption_chair_i", "caption_chair_s", "caption_recall"]
+    assert found["colour"] == mcnemar_exact(0, 6)
+    assert found["count"] == 1.0
+    assert found["caption_chair_s"] == mcnemar_exact(6, 0)
+    captions = [[row for row in own if row["task"] == "caption"] for own in (before, after)]
+    others = Chair(against=True).paired_others(*captions)
+    assert (found["caption_chair_i"], found["caption_recall"]) == (others["chair_i"], others["recall"])
 
 
 def test_bad_input() -> None:

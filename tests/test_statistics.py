@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -14,11 +15,18 @@ from hypothesis import strategies as st
 from sightline.benchmarks.statistics import (
     Z_95,
     auroc,
+    auroc_test,
+    bootstrap_ranking,
+    bootstrap_sums,
+    calibrated_accuracy,
+    calibrated_hits,
     cluster_bootstrap,
     clustered_error,
+    group_sums,
     holm,
     mcnemar_exact,
     sign_flip_test,
+    swap_test,
     wilson,
 )
 from sightline.errors import InputError
@@ -239,3 +247,203 @@ def test_auroc_refuses() -> None:
         auroc([1.0, 2.0], [True])
     with pytest.raises(InputError):
         auroc([1.0, math.nan], [True, False])
+
+
+# --- Calibrated accuracy ---
+
+
+ROWS = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=12)
+
+
+@given(ROWS)
+def test_calibrated_accuracy_is_that_of_every_way_to_break_ties(rows: list[tuple[int, bool]]) -> None:
+    # Every order of the items that agrees with the scores; the first P of it are called positive.
+    p = sum(label for _, label in rows)
+    threshold = sorted((s for s, _ in rows), reverse=True)[p - 1] if p else math.inf
+    sure = [label for s, label in rows if s > threshold]
+    tied = [label for s, label in rows if s == threshold]
+    below = [label for s, label in rows if s < threshold]
+    found = []
+    for called in itertools.combinations(range(len(tied)), p - len(sure)):
+        hits = sum(sure) + sum(not label for label in below)
+        hits += sum(label == (place in called) for place, label in enumerate(tied))
+        found.append(hits / len(rows))
+    scores, labels = [s for s, _ in rows], [label for _, label in rows]
+    assert calibrated_hits(scores, labels).mean() == pytest.approx(np.mean(found))
+    area = calibrated_accuracy(scores, labels)
+    assert area == pytest.approx(np.mean(found)) if 0 < p < len(rows) else math.isnan(area)
+
+
+def test_calibrated_hits_by_hand() -> None:
+    # Three positives. 5 and 4 lie above the threshold 2, on which one of two is called positive, each with chance 1/2.
+    hits = calibrated_hits([5, 4, 2, 2, 1, 0], [True, False, True, False, True, False])
+    assert hits.tolist() == [1, 0, 0.5, 0.5, 0, 1]
+
+
+@given(ROWS, st.floats(0.1, 10), st.floats(-50, 50))
+def test_scale_and_shift_of_the_scores_change_nothing(rows: list[tuple[int, bool]], scale: float, shift: float) -> None:
+    scores, labels = np.array([s for s, _ in rows], dtype=float), [label for _, label in rows]
+    for metric in (auroc, calibrated_accuracy):
+        np.testing.assert_equal(metric(scale * scores + shift, labels), metric(scores, labels))
+
+
+def test_accuracy_at_another_threshold_is_never_far_above_the_calibrated_one() -> None:
+    # At the calibrated threshold as many positives are missed as negatives are called, so it is 1 - 2 missed / n.
+    rng = np.random.default_rng(5)
+    labels = rng.random(101) < 0.4
+    scores = rng.normal(size=101) + labels
+    threshold = np.sort(scores)[-labels.sum()]
+    missed, false = (labels & (scores < threshold)).sum(), (~labels & (scores >= threshold)).sum()
+    assert missed == false
+    assert calibrated_accuracy(scores, labels) == pytest.approx(1 - 2 * missed / 101)
+
+
+# --- Bootstraps of sums and of orders are the cluster bootstrap ---
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_bootstraps_equal_the_slow_one_draw_by_draw(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(9, size=37).tolist()
+    labels = rng.random(37) < 0.5
+    scores = rng.integers(-4, 5, size=37).astype(float)
+    table = np.stack([scores, labels.astype(float)], axis=1)
+
+    def ranking(rows: np.ndarray) -> list[float]:
+        return [metric(rows[:, 0], rows[:, 1] == 1) for metric in (auroc, calibrated_accuracy)]
+
+    slow = cluster_bootstrap(table, ranking, groups, draws=600, seed=seed)
+    np.testing.assert_allclose(bootstrap_ranking(scores, labels, groups, draws=600, seed=seed), slow)
+    counts = rng.integers(1, 4, size=(37, 2))
+    slow = cluster_bootstrap(counts, lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), groups, draws=300, seed=seed)
+    fast = bootstrap_sums(counts, lambda sums: sums[..., 0] / sums[..., 1], groups, draws=300, seed=seed)
+    np.testing.assert_allclose(fast, slow)
+
+
+def test_bootstrap_of_an_order_leaves_out_draws_of_one_class() -> None:
+    # Two groups of one class each: half of the draws hold one class only.
+    low, high = bootstrap_ranking([2.0, 1.0], [True, False], [0, 1], draws=50)
+    assert low.tolist() == high.tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match="not a number"):
+        bootstrap_ranking([2.0, 1.0], [True, True], [0, 1], draws=5)
+    with pytest.raises(InputError, match="2 items need 2"):
+        bootstrap_ranking([2.0, 1.0], [True, False], [0])
+
+
+def test_sums_of_groups_in_order_of_appearance() -> None:
+    sums = group_sums([[1, 10], [2, 20], [3, 30]], ["b", "a", "b"])
+    assert sums.tolist() == [[4, 40], [2, 20]]
+
+
+# --- Paired permutation tests ---
+
+
+def _enumerated(effect: Callable[[np.ndarray], float], n: int) -> float:
+    """The share of all ways to exchange n groups whose effect is as far from 0 as that of exchanging none."""
+    observed = abs(effect(np.zeros(n, dtype=bool)))
+    every = [abs(effect(np.array(swapped))) for swapped in itertools.product((False, True), repeat=n)]
+    return float(np.mean(np.array(every) >= observed - 1e-9))
+
+
+NEAR = 4 * math.sqrt(0.25 / 20_000)
+"""Four standard errors of a p-value of 20000 flips."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swap_test_equals_enumeration_of_all_exchanges(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 5, size=(2, 8, 2)).astype(float)
+    a[:, 1] += a[:, 0] + 1
+    b[:, 1] += b[:, 0] + 1
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return np.stack([sums[..., 0] / sums[..., 1], sums[..., 0]], axis=-1)
+
+    found = swap_test(a, b, ratio, flips=20_000, seed=seed)
+    for place in (0, 1):
+
+        def effect(swapped: np.ndarray, place: int = place) -> float:
+            one, other = a.copy(), b.copy()
+            one[swapped], other[swapped] = b[swapped], a[swapped]
+            return float(ratio(one.sum(axis=0))[place] - ratio(other.sum(axis=0))[place])
+
+        assert found[place] == pytest.approx(_enumerated(effect, 8), abs=NEAR)
+    assert found[1] == pytest.approx(sign_flip_test(a[:, 0] - b[:, 0], flips=20_000, seed=seed), abs=2 * NEAR)
+
+
+def test_swap_test_edges() -> None:
+    same = np.arange(6.0).reshape(3, 2)
+    assert swap_test(same, same, lambda sums: sums[..., 0]) == 1.0
+    far = swap_test(same + 1, np.zeros((3, 2)), lambda sums: sums[..., 0], flips=9)
+    assert far == swap_test(same + 1, np.zeros((3, 2)), lambda sums: sums[..., 0], flips=9)
+    assert 1 / 10 <= far <= 1
+    with pytest.raises(InputError, match="same sums"):
+        swap_test(same, same[:2], lambda sums: sums[..., 0])
+    with pytest.raises(InputError, match="finite"):
+        swap_test(same, np.full((3, 2), np.inf), lambda sums: sums[..., 0])
+
+
+def _slow_area(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    positive = [s for s, label in zip(scores, labels, strict=True) if label]
+    negative = [s for s, label in zip(scores, labels, strict=True) if not label]
+    return sum((p > n) + 0.5 * (p == n) for p in positive for n in negative) / (len(positive) * len(negative))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auroc_test_equals_enumeration_of_all_exchanges_of_ranks(seed: int) -> None:
+    # Seven pictures of one to three questions; scores tie within and between the methods, on two scales.
+    rng = np.random.default_rng(seed)
+    groups = [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6]
+    labels = [i % 2 == 0 for i in range(14)]
+    a = rng.integers(0, 6, size=14) + 2.0 * np.array(labels)
+    b = 100 + 7 * (rng.integers(0, 6, size=14) + 1.0 * np.array(labels))
+
+    def ranks(scores: np.ndarray) -> np.ndarray:
+        return np.array([1 + sum(other < s for other in scores) + (sum(scores == s) - 1) / 2 for s in scores])
+
+    one, other = ranks(a), ranks(b)
+
+    def effect(swapped: np.ndarray) -> float:
+        exchanged = swapped[groups]
+        return _slow_area(np.where(exchanged, other, one).tolist(), labels) - _slow_area(
+            np.where(exchanged, one, other).tolist(), labels
+        )
+
+    p = auroc_test(a, b, labels, groups, flips=20_000, seed=seed)
+    assert p == pytest.approx(_enumerated(effect, 7), abs=NEAR)
+
+
+def planted(n: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Margins, labels and pictures of four questions."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(4 * n) % 2 == 0
+    return rng.normal(size=4 * n) + 1.2 * labels - 0.6, labels, np.repeat(np.arange(n), 4).tolist()
+
+
+def test_a_shift_of_the_threshold_is_no_separation() -> None:
+    margins, labels, groups = planted()
+    for other in (margins + 2.0, 3 * margins - 1.0, np.exp(margins)):
+        assert auroc(other, labels) == auroc(margins, labels)
+        assert calibrated_accuracy(other, labels) == calibrated_accuracy(margins, labels)
+        assert auroc_test(margins, other, labels, groups) == 1.0
+    assert ((margins > 0) == labels).mean() - ((margins + 2 > 0) == labels).mean() > 0.1
+
+
+def test_planted_separation_is_found_on_any_scale() -> None:
+    margins, labels, groups = planted()
+    better = margins + 0.8 * labels
+    for other in (better, 5 * better + 30):
+        assert auroc_test(margins, other, labels, groups) < 0.001
+    assert calibrated_accuracy(better, labels) > calibrated_accuracy(margins, labels)
+
+
+def test_methods_that_differ_by_chance_are_told_apart_as_often_as_they_should() -> None:
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(30), 4).tolist()
+    labels = np.arange(120) % 2 == 0
+    found = 0
+    for seed in range(200):
+        shared = labels + rng.normal(size=30).repeat(4) + rng.normal(size=120)
+        a, b = (shared + 0.6 * rng.normal(size=120) for _ in range(2))
+        found += auroc_test(a, 4 * b + 9, labels, groups, flips=200, seed=seed) < 0.05
+    assert 0.01 <= found / 200 <= 0.1

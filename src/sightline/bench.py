@@ -339,7 +339,7 @@ def _chosen(specs: Sequence[str]) -> dict[str, tuple[Method, ...]]:
     for spec in specs:
         own = parse_methods(spec)
         if own not in chosen.values():
-            chosen["".join(spec.split())] = own
+            chosen["+".join(part.strip() for part in spec.split("+"))] = own
     return chosen
 
 

@@ -36,16 +36,17 @@ class Commands(TyperGroup):
 
 
 class ManyMethods(TyperCommand):
-    """Lets --methods take several values: `--methods none vhr` means `--methods none --methods vhr`."""
+    """Lets --methods and --sweep take several values: `--methods none vhr` means `--methods none --methods vhr`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread: list[str] = []
-        following = 0
+        option, following = "", 0
         for arg in args:
             if arg.startswith("-"):
-                following = 1 if arg == "--methods" else 2 if arg.startswith("--methods=") else 0
+                option, equals, _ = arg.partition("=")
+                following = (2 if equals else 1) if option in ("--methods", "--sweep") else 0
             elif following:
-                spread += ["--methods"] * (following > 1)
+                spread += [option] * (following > 1)
                 following = 2
             spread.append(arg)
         return super().parse_args(ctx, spread)
@@ -75,6 +76,9 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps."
 AttentionOption = Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+SecondsOption = Annotated[
+    float | None, typer.Option(help="The longest time of generating one answer, in seconds; no limit by default.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
 
@@ -82,9 +86,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line
 @app.command(cls=ManyMethods)
 def bench(
     model: ModelOption = MODEL,
-    benchmark: Annotated[str, typer.Option(help="Which benchmark: pope, chair, skills...")] = "pope",
+    benchmark: Annotated[str, typer.Option(help="Which: pope, chair, skills, words-or-vision...")] = "pope",
     split: Annotated[str | None, typer.Option(help="One of the benchmark's splits; its first by default.")] = None,
     methods: MethodsOption = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Run every two of the methods together too, and note which do not compose.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD[:FIELD=LOW..HIGH]",
+            help="Run methods at several strengths: vista, vista:strength=0.01..0.3, 'ritual:alpha=0.5;1;2'.",
+        ),
+    ] = None,
     items: Annotated[int | None, typer.Option(help="How many items (skills: of each skill).")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")
@@ -92,6 +106,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Items a batch.")] = 16,
     seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(help="The longest answer.")] = None,
+    max_seconds: SecondsOption = None,
     cost_items: Annotated[int, typer.Option(help="On how many items times are measured; 0 leaves them out.")] = 8,
     source: Annotated[str | None, typer.Option(help="pope: picturebook or files; chair: picturebook or coco.")] = None,
     images: Annotated[Path | None, typer.Option(help="pope, chair: the folder of the images.")] = None,
@@ -118,6 +133,8 @@ def bench(
     """
     _prepare(threads)
     from sightline.bench import run
+    from sightline.benchmarks.pairs import pairs as planned
+    from sightline.benchmarks.sweep import expand
     from sightline.report.table import json_lines, tables
 
     named = {
@@ -128,10 +145,11 @@ def bench(
         "synonyms": synonyms,
     }
     options = {name: str(value) for name, value in named.items() if value is not None}
+    entries = planned(methods or []).entries if pairs else methods or ["none"]
     summary = run(
         model,
         benchmark,
-        methods or ["none"],
+        [*entries, *(entry for spec in sweep or [] for entry in expand(spec))],
         out,
         split=split,
         items=items,
@@ -139,7 +157,9 @@ def bench(
         batch_size=batch_size,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        max_seconds=max_seconds,
         cost_items=cost_items,
+        skip_refused=pairs,
         dtype=dtype,
         device=device,
         attn_implementation=attention,
@@ -173,6 +193,7 @@ def ask(
     model: ModelOption = MODEL,
     methods: MethodsOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    max_seconds: SecondsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     attention: AttentionOption = None,
@@ -190,11 +211,15 @@ def ask(
 
     shown = open_picture(picture)
     _prepare(threads)
-    from sightline.methods import attach, describe, parse_methods
-    from sightline.models.answering import prepare, reply
+    from sightline.methods import describe, parse_methods
+    from sightline.models.answering import Budget, cut_off_mark
+    from sightline.models.conversation import answer, strategy_of
     from sightline.models.loading import load
 
     chosen = [parse_methods(spec) for spec in methods or ["none"]]
+    for own in chosen:
+        strategy_of(own)  # refuses what does not compose before the model is loaded
+    budget = Budget(seconds=max_seconds)
     loaded, processor = load(
         model,
         dtype=dtype,
@@ -203,11 +228,78 @@ def ask(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    inputs = prepare(loaded, processor, [shown], [question])
     for own in chosen:
-        with attach(loaded, *own, processor=processor):
-            answer = reply(loaded, processor, inputs, max_new_tokens)[0].text
-        typer.echo(answer if len(chosen) == 1 else f"{describe(own)}: {answer}")
+        given = answer(loaded, processor, shown, question, own, max_new_tokens, budget=budget)
+        told = given.text + cut_off_mark(given, budget)
+        typer.echo(told if len(chosen) == 1 else f"{describe(own)}: {told}")
+
+
+@app.command(cls=ManyMethods)
+def attack(
+    model: ModelOption = MODEL,
+    methods: MethodsOption = None,
+    items: Annotated[int, typer.Option(min=1, help="How many pictures of the picture world.")] = 8,
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
+        Path("runs/attack")
+    ),
+    iterations: Annotated[int, typer.Option(help="Steps of the attack on each picture.")] = 1000,
+    epsilon: Annotated[float, typer.Option(help="How far a pixel may move, of its range [0, 1].")] = 8 / 255,
+    sample_every: Annotated[int, typer.Option(help="Sample answers after every so many steps.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Which pictures are drawn.")] = 0,
+    question: Annotated[str | None, typer.Option(help="What is asked; a detailed caption by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    guard_tokens: Annotated[int, typer.Option(min=1, help="The guard: the most tokens that an answer may use.")] = 64,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    attention: AttentionOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteCodeOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """See how far a picture can be changed unseen so that the answer grows long, and what holds against it.
+
+    Example: [bold]sightline attack --items 8 --iterations 200 --sample-every 5 --methods none vhr
+    --out runs/attack[/bold]
+    """
+    _prepare(threads)
+    from sightline.models.answering import Budget
+    from sightline.models.loading import load
+    from sightline.probes import answer_lengths
+    from sightline.probes.verbose_images import VerboseImages
+
+    settings = VerboseImages(
+        epsilon=epsilon, iterations=iterations, sample_every=sample_every, max_new_tokens=max_new_tokens
+    )
+    pictures = answer_lengths.first_scenes(items, seed)
+    loaded, processor = load(
+        model,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attention,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    lines = answer_lengths.measure(
+        loaded,
+        processor,
+        pictures,
+        methods or ["none"],
+        out,
+        attack=settings,
+        question=answer_lengths.QUESTION if question is None else question,
+        max_new_tokens=max_new_tokens,
+        guard=Budget(tokens=guard_tokens),
+    )
+    summary = answer_lengths.summarise(lines)
+    if as_json:
+        asked = {"model": model, "iterations": iterations, "epsilon": epsilon, "sample_every": sample_every}
+        asked |= {"seed": seed, "max_new_tokens": max_new_tokens, "guard_tokens": guard_tokens}
+        for line in summary:
+            typer.echo(json.dumps(line | asked, ensure_ascii=False))
+    else:
+        Console().print(answer_lengths.table(summary))
+        typer.echo(f"The run is in {out}; its pictures are in {out / 'pictures'}")
 
 
 @app.command()
@@ -215,11 +307,11 @@ def papers(
     stretch: Annotated[str | None, typer.Option(help="Only one stretch of the road: reduction, grounding...")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List all papers, and what implements each.
+    """List all papers, and what implements each; below them the peers, known methods that serve as yardsticks.
 
     Example: [bold]sightline papers --stretch grounding[/bold]
     """
-    from sightline.papers import as_dict
+    from sightline.papers import as_dict, peers
     from sightline.papers import papers as catalogue
 
     entries = catalogue(stretch)
@@ -227,15 +319,23 @@ def papers(
         for entry in entries:
             typer.echo(json.dumps(as_dict(entry), ensure_ascii=False))
         return
+    beside = tuple(entry for entry in peers() if stretch in (None, entry.stretch))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("paper", "stretch", "year", "status", "idea"):
         table.add_column(column, no_wrap=column != "idea")
-    for entry in entries:
-        style = "bold" if entry.object else "dim"
-        table.add_row(entry.slug, entry.stretch, str(entry.year), entry.status, entry.idea, style=style)
+    for part in (entries, beside):
+        for entry in part:
+            style = "bold" if entry.object else "dim"
+            status = f"{entry.status}, peer" if entry.peer else entry.status
+            table.add_row(entry.slug, entry.stretch, str(entry.year), status, entry.idea, style=style)
+        if part is entries and beside:
+            table.add_row()
     console = Console()
     console.print(table)
-    console.print(f"{sum(entry.object is not None for entry in entries)} of {len(entries)} implemented", style="bold")
+    for part, what in ((entries, "papers"), (beside, "peers")):
+        if part:
+            done = sum(entry.object is not None for entry in part)
+            console.print(f"{done} of {len(part)} {what} implemented", style="bold")
 
 
 @app.command()
@@ -252,6 +352,7 @@ def methods(as_json: JsonOption = False) -> None:
         {
             "method": name,
             "title": paper(name).title,
+            "peer": paper(name).peer,
             "parameters": {field.name: _plain(field.default) for field in dataclasses.fields(kind)},
         }
         for name, kind in registered().items()
@@ -267,7 +368,7 @@ def methods(as_json: JsonOption = False) -> None:
         parameters = entry["parameters"]
         assert isinstance(parameters, dict)
         shown = ", ".join(f"{key}={value}" for key, value in parameters.items())
-        table.add_row(str(entry["method"]), shown, str(entry["title"]))
+        table.add_row(str(entry["method"]), shown, str(entry["title"]) + " (a peer)" * bool(entry["peer"]))
     Console().print(table)
 
 
@@ -306,6 +407,8 @@ def train_nano(
     steps: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures a step.")] = None,
     compile_layers: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the layers first.")] = True,
+    device: DeviceOption = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that draw the pictures.")] = 1,
     threads: ThreadsOption = None,
 ) -> None:
     """Train the built-in model from nothing, on scenes drawn as it goes.
@@ -318,7 +421,34 @@ def train_nano(
     given: dict[str, Any] = {"warm_up_steps": warm_up_steps, "steps": steps, "batch": batch}
     changes = {name: value for name, value in given.items() if value is not None}
     recipe = Recipe.of(size, seed=seed, compile=compile_layers, **changes)
-    typer.echo(train(recipe, out, threads=threads or 1))
+    typer.echo(train(recipe, out, threads=threads or 1, device=device or "cpu", workers=workers))
+
+
+@train_app.command("soft-image")
+def train_soft_image(
+    model: Annotated[str, typer.Option(help="picturebook-nano, or the checkpoint folder of a train nano run.")] = MODEL,
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
+        Path("runs/soft-image")
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of the soft image and of the scenes.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps; 400 by default.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of questions a step; 8 by default.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train the soft image that the method lacing guides away from; the model stays as it is.
+
+    Laid beside the weights of its model, it is found by itself; else give it as lacing:soft_image=FILE.
+
+    Example: [bold]sightline train soft-image --model picturebook-nano --out runs/soft-image[/bold]
+    """
+    _prepare(threads)
+    from sightline.training.soft_image import SoftImageRecipe, train
+
+    given: dict[str, Any] = {"steps": steps, "batch": batch}
+    changes = {name: value for name, value in given.items() if value is not None}
+    recipe = SoftImageRecipe(model, seed=seed, **changes)
+    typer.echo(train(recipe, out, threads=threads or 1, device=device or "cpu"))
 
 
 def _prepare(threads: int | None) -> None:

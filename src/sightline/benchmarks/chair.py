@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -47,11 +47,12 @@ from sightline.benchmarks.item import (
     Score,
     check_draw,
     check_length,
+    matching,
     read_json_lines,
     register_benchmark,
 )
 from sightline.benchmarks.mentions import Lexicon, Reader, coco_reader, lemmas_by_rules
-from sightline.benchmarks.statistics import cluster_bootstrap, wilson
+from sightline.benchmarks.statistics import bootstrap_sums, group_sums, swap_test, wilson
 from sightline.errors import InputError, unknown
 from sightline.models.images import open_picture
 from sightline.picturebook.draw import draw
@@ -77,6 +78,7 @@ class Chair(Benchmark):
         source: "picturebook" or "coco".
         against: for the picture world: draw scenes against the co-occurrence, with a scene type's anchor and without
             its partner.
+        scenes: for the picture world: "test", or "validation" to choose settings on.
         annotations: for COCO: the folder of instances_{val,train}2014.json and captions_{val,train}2014.json; those
             of train are only needed, and only read, for images of train.
         images: for COCO: a folder of images whose file names end in the image's id, as COCO's do; only `items` needs
@@ -92,6 +94,7 @@ class Chair(Benchmark):
 
     source: str = "picturebook"
     against: bool = False
+    scenes: Literal["test", "validation"] = "test"
     annotations: str | Path | None = None
     images: str | Path | None = None
     synonyms: str | Path | None = None
@@ -102,6 +105,8 @@ class Chair(Benchmark):
     def __post_init__(self) -> None:
         if self.source not in ("picturebook", "coco"):
             raise unknown("source of CHAIR", self.source, ("picturebook", "coco"))
+        if self.scenes not in ("test", "validation"):
+            raise unknown("scenes of CHAIR", str(self.scenes), ("test", "validation"))
         if self.lemmatiser not in ("auto", "nltk", "rules"):
             raise unknown("lemmatiser of CHAIR", self.lemmatiser, ("auto", "nltk", "rules"))
         if not isinstance(self.against, bool):
@@ -141,18 +146,25 @@ class Chair(Benchmark):
         """
         if not rows:
             raise InputError("there are no captions to score")
-        metrics = {str(row["metric"]) for row in rows}
-        if len(metrics) > 1:
-            raise InputError("some captions were read by CHAIR and some by CHAIR-lite: score them anew, all in one way")
-        label = metrics.pop().replace("-", "_")
+        label = _label(rows)
         n = len(rows)
         caught = sum(len(row["hallucinated"]) > 0 for row in rows)
-        table = np.array([_counts(row) for row in rows], dtype=np.float64)
-        low, high = cluster_bootstrap(table, _ratios, [row["group"] for row in rows])
+        counts = _counts(rows)
+        values = _ratios(counts.sum(axis=0))
+        low, high = bootstrap_sums(counts, _ratios, [row["group"] for row in rows])
         scores = {f"{label}_s": Score(caught / n, *wilson(caught, n), n)}
-        for i, name in enumerate((f"{label}_i", "recall", "precision", "f1", "length")):
-            scores[name] = Score(float(_ratios(table)[i]), float(low[i]), float(high[i]), n)
+        for i, name in enumerate((f"{label}_i", *RATIOS)):
+            scores[name] = Score(float(values[i]), float(low[i]), float(high[i]), n)
         return scores
+
+    def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
+        """Permutation tests that exchange the two methods' captions of a picture (`swap_test`), for all scores besides
+        chair_s."""
+        both = matching(rows_a, rows_b)
+        label = _label([row for pair in both for row in pair])
+        groups = [row["group"] for row, _ in both]
+        a, b = (group_sums(_counts([pair[side] for pair in both]), groups) for side in (0, 1))
+        return dict(zip((f"{label}_i", *RATIOS), swap_test(a, b, _ratios).tolist(), strict=True))
 
     def caption_rows(self, path: str | Path) -> list[dict[str, Any]]:
         """Rows for captions made elsewhere: JSON lines of image_id (COCO's, or the number of the test scene) and
@@ -199,7 +211,7 @@ class Chair(Benchmark):
     def _truth(self, images: Sequence[int]) -> dict[int, list[str]]:
         """Image -> the names of the objects in it."""
         if self.source == "picturebook":
-            return {image: list(sample_scene("test", image, against=self.against).kinds) for image in images}
+            return {image: list(sample_scene(self.scenes, image, against=self.against).kinds) for image in images}
         reader = self._reader
         node_of = reader.lexicon.node_of
         truth = {}
@@ -219,7 +231,7 @@ class Chair(Benchmark):
         start = seed * SCENES_PER_SEED
         items = []
         for index in range(start, start + n):
-            scene = sample_scene("test", index, against=self.against)
+            scene = sample_scene(self.scenes, index, against=self.against)
             meta = {"objects": list(scene.kinds), "scene": index, "against": self.against}
             items.append(self._item(index, partial(draw, scene), self.max_new_tokens or 128, meta))
         return items
@@ -256,28 +268,36 @@ class Chair(Benchmark):
         return Item(name, self.prompt, ", ".join(meta["objects"]), picture, name, "caption", tokens, meta)
 
 
-def _counts(row: Row) -> tuple[int, ...]:
-    """Hallucinated mentions, mentions, |there and named|, |there|, |named|, length."""
-    there, named = set(row["objects"]), set(row["mentions"])
-    return (
-        len(row["hallucinated"]),
-        len(row["mentions"]),
-        len(there & named),
-        len(there),
-        len(named),
-        int(row["length"]),
-    )
+RATIOS = ("recall", "precision", "f1", "length")
 
 
-def _ratios(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """CHAIR_i, recall, precision, f1 and mean length of rows of `_counts`."""
-    hallucinated, mentions, right, there, named, length = table.sum(axis=0)
-    return np.array(
-        [
-            hallucinated / max(mentions, 1),
-            right / max(there, 1),
-            right / max(named, 1),
-            2 * right / max(there + named, 1),
-            length / len(table),
-        ]
+def _label(rows: Sequence[Row]) -> str:
+    """What the scores are called: chair or chair_lite."""
+    metrics = {str(row["metric"]) for row in rows}
+    if len(metrics) > 1:
+        raise InputError("some captions were read by CHAIR and some by CHAIR-lite: score them anew, all in one way")
+    return metrics.pop().replace("-", "_")
+
+
+def _counts(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """Of each row: hallucinated mentions, mentions, |there and named|, |there|, |named|, length, 1."""
+
+    def counts(row: Row) -> tuple[int, ...]:
+        there, named = set(row["objects"]), set(row["mentions"])
+        mentions = (len(row["hallucinated"]), len(row["mentions"]))
+        return (*mentions, len(there & named), len(there), len(named), int(row["length"]), 1)
+
+    return np.array([counts(row) for row in rows], dtype=np.float64)
+
+
+def _ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """CHAIR_i and `RATIOS` from sums of `_counts`."""
+    hallucinated, mentions, right, there, named, length, n = np.moveaxis(sums, -1, 0)
+    parts = (
+        hallucinated / np.maximum(mentions, 1),
+        right / np.maximum(there, 1),
+        right / np.maximum(named, 1),
+        2 * right / np.maximum(there + named, 1),
+        length / n,
     )
+    return np.stack(parts, axis=-1)

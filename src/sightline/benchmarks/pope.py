@@ -1,7 +1,8 @@
 """POPE: yes/no questions on whether an object is in the picture (Li et al., EMNLP 2023, arXiv:2305.10355).
 
 In: the official question files with an image folder, or the picture world. Out: accuracy (headline), precision,
-recall, F1 and yes-rate with "yes" as the positive class, and the share of answers without a plain yes or no.
+recall, F1 and yes-rate with "yes" as the positive class, the share of answers without a plain yes or no, and two scores
+that no shift towards yes or no changes: AUROC and calibrated accuracy.
 
 **Questions.** A picture gives three questions on objects that are there and three on objects that are not, in turn
 yes, no, yes, no... The absent object is drawn uniformly (`random`), is the one that most pictures show (`popular`),
@@ -38,10 +39,22 @@ from sightline.benchmarks.item import (
     Score,
     check_draw,
     check_length,
+    matching,
     read_json_lines,
     register_benchmark,
 )
-from sightline.benchmarks.statistics import auroc, cluster_bootstrap, wilson
+from sightline.benchmarks.statistics import (
+    auroc,
+    auroc_test,
+    bootstrap_ranking,
+    bootstrap_sums,
+    calibrated_accuracy,
+    calibrated_hits,
+    group_sums,
+    sign_flip_test,
+    swap_test,
+    wilson,
+)
 from sightline.benchmarks.yes_no import MATCHERS, is_plain
 from sightline.errors import InputError, unknown
 from sightline.models.images import open_picture
@@ -159,6 +172,7 @@ class Pope(Benchmark):
             stands for the split's name; a folder that holds one ``*_{split}.json`` or ``.jsonl``; or a mapping from
             split to file.
         images: for files: the folder of the images.
+        scenes: for the picture world: "test", or "validation" to choose settings on.
         matcher: the rule that reads the answers, one of `yes_no.MATCHERS`.
         suffix: what is appended to each question (" Please answer this question with one word." in VCD, AGLA, DAMRO
             and VDD).
@@ -175,6 +189,7 @@ class Pope(Benchmark):
     source: str = "picturebook"
     questions: str | Path | Mapping[str, str | Path] | None = None
     images: str | Path | None = None
+    scenes: Literal["test", "validation"] = "test"
     matcher: str = "pope"
     suffix: str = ""
     max_new_tokens: int = 64
@@ -182,6 +197,8 @@ class Pope(Benchmark):
     def __post_init__(self) -> None:
         if self.source not in ("picturebook", "files"):
             raise unknown("source of POPE", self.source, ("picturebook", "files"))
+        if self.scenes not in ("test", "validation"):
+            raise unknown("scenes of POPE", str(self.scenes), ("test", "validation"))
         if self.matcher not in MATCHERS:
             raise unknown("matcher of POPE", self.matcher, MATCHERS)
         given = [name for name in ("questions", "images") if getattr(self, name) is not None]
@@ -233,28 +250,47 @@ class Pope(Benchmark):
             yes_rate = answers yes / n        unparsed = answers without a plain yes or no / n
 
         An unparsed answer (only `strict` has them) stays in n and in the labels. If every row has a
-        `yes_logit_margin`, `auroc` tells how well the margin separates yes from no whatever the threshold. Intervals:
-        Wilson for accuracy and unparsed, cluster bootstrap over pictures for the rest.
+        `yes_logit_margin`, two scores tell how well it separates yes from no wherever the threshold lies: `auroc`, and
+        `calibrated_accuracy`, the accuracy at the threshold at which the yes-rate is the share of labels yes (of
+        answers that tie there, as many as are needed are a yes, each equally likely). Intervals: Wilson for accuracy
+        and unparsed, cluster bootstrap over pictures for the rest.
         """
         if not rows:
             raise InputError("there are no answers to score")
         n = len(rows)
-        table = np.array(
-            [(row["parsed"] == "yes", row["label"] == "yes", row.get("yes_logit_margin") or 0.0) for row in rows],
-            dtype=np.float64,
-        )
         groups = [row["group"] for row in rows]
         hits = sum(bool(row["hit"]) for row in rows)
         unreadable = sum(not row["readable"] for row in rows)
-        low, high = cluster_bootstrap(table, _ratios, groups)
+        counts = _counts(rows)
+        values = _ratios(counts.sum(axis=0))
+        low, high = bootstrap_sums(counts, _ratios, groups)
         scores = {"accuracy": Score(hits / n, *wilson(hits, n), n)}
-        for i, name in enumerate(("precision", "recall", "f1", "yes_rate")):
-            scores[name] = Score(float(_ratios(table)[i]), float(low[i]), float(high[i]), n)
+        for i, name in enumerate(RATIOS):
+            scores[name] = Score(float(values[i]), float(low[i]), float(high[i]), n)
         scores["unparsed"] = Score(unreadable / n, *wilson(unreadable, n), n)
-        if all(row.get("yes_logit_margin") is not None for row in rows) and 0 < table[:, 1].sum() < n:
-            low, high = cluster_bootstrap(table, _separation, groups)
-            scores["auroc"] = Score(_separation(table), float(low), float(high), n)
+        ranked = _ranked(rows)
+        if ranked is not None:
+            low, high = bootstrap_ranking(*ranked, groups)
+            for i, (name, score) in enumerate((("auroc", auroc), ("calibrated_accuracy", calibrated_accuracy))):
+                scores[name] = Score(score(*ranked), float(low[i]), float(high[i]), n)
         return scores
+
+    def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
+        """Permutation tests that exchange the two methods' answers to all questions on a picture: `swap_test` for
+        precision, recall, F1 and yes-rate, `auroc_test`, and for calibrated accuracy the sign-flip test on the hits of
+        each method at its own threshold."""
+        both = matching(rows_a, rows_b)
+        a, b = [row for row, _ in both], [row for _, row in both]
+        groups = [row["group"] for row in a]
+        p_values = swap_test(group_sums(_counts(a), groups), group_sums(_counts(b), groups), _ratios)
+        found = dict(zip(RATIOS, p_values.tolist(), strict=True))
+        ranked_a, ranked_b = _ranked(a), _ranked(b)
+        if ranked_a is not None and ranked_b is not None:
+            labels = ranked_a[1]
+            found["auroc"] = auroc_test(ranked_a[0], ranked_b[0], labels, groups)
+            gained = calibrated_hits(*ranked_b) - calibrated_hits(*ranked_a)
+            found["calibrated_accuracy"] = sign_flip_test(group_sums(gained[:, None], groups))
+        return found
 
     def _from_scenes(self, split: str, n: int | None, seed: int) -> list[Item]:
         against = split == "adversarial"
@@ -265,13 +301,13 @@ class Pope(Benchmark):
         shown: list[tuple[str, ...]] = []
         index = seed * SCENES_PER_SEED
         while len(scenes) < wanted:
-            scene = sample_scene("test", index, against=against)
+            scene = sample_scene(self.scenes, index, against=against)
             if len(scene.kinds) >= half:
                 scenes[index] = scene
                 # Kinds are listed anchor first: in that order a scene's strangers would hardly ever be asked about.
                 shown.append(tuple(scene.kinds[i] for i in rng.permutation(len(scene.kinds))))
             index += 1
-        natural = [sample_scene("test", i).kinds for i in scenes] if against else None
+        natural = [sample_scene(self.scenes, i).kinds for i in scenes] if against else None
         world = "against" if against else "natural"
         indices = list(scenes)
         items = []
@@ -365,12 +401,27 @@ class Pope(Benchmark):
         return path
 
 
-def _ratios(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Precision, recall, F1 and yes-rate of rows (answered yes, label yes, margin)."""
-    said, label = table[:, 0], table[:, 1]
-    hit, yes, gold = said @ label, said.sum(), label.sum()
-    return np.array([hit / max(yes, 1), hit / max(gold, 1), 2 * hit / max(yes + gold, 1), yes / len(table)])
+RATIOS = ("precision", "recall", "f1", "yes_rate")
 
 
-def _separation(table: NDArray[np.float64]) -> float:
-    return auroc(table[:, 2], table[:, 1])
+def _counts(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """Of each row: answered yes, label yes, both, 1."""
+    said = np.array([row["parsed"] == "yes" for row in rows], dtype=np.float64)
+    label = np.array([row["label"] == "yes" for row in rows], dtype=np.float64)
+    return np.stack([said, label, said * label, np.ones(len(rows))], axis=1)
+
+
+def _ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`RATIOS` from sums of `_counts`."""
+    yes, gold, hit, n = np.moveaxis(sums, -1, 0)
+    precision, recall = hit / np.maximum(yes, 1), hit / np.maximum(gold, 1)
+    return np.stack([precision, recall, 2 * hit / np.maximum(yes + gold, 1), yes / n], axis=-1)
+
+
+def _ranked(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+    """Margins and labels; None where a margin or one of the labels is missing."""
+    margins = [row.get("yes_logit_margin") for row in rows]
+    labels = np.array([row["label"] == "yes" for row in rows])
+    if any(margin is None for margin in margins) or not 0 < labels.sum() < len(labels):
+        return None
+    return np.array(margins, dtype=np.float64), labels

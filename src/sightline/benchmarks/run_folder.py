@@ -1,6 +1,7 @@
 """The folder of a run: what was measured with which settings, in files that survive a kill at any moment.
 
-- ``run.json``: the settings, the machine, the methods so far, and for which of them the identity check has passed.
+- ``run.json``: the settings, the machine, the methods so far, for which of them the identity check has passed, and
+  which were refused and why.
 - ``answers.jsonl``: one line for each method and item, in the order in which they were answered.
 - ``costs.json``: times and memory.
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sightline.benchmarks.changes import SHOWN, Change, change
 from sightline.benchmarks.costs import BASELINE, Cost
 from sightline.benchmarks.item import Benchmark, Score, get_benchmark
+from sightline.benchmarks.pairs import PairEffect, pair_effects
 from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.statistics import holm
 from sightline.errors import InputError
-
-SHOWN = 0.05
-"""A difference is shown when its adjusted p-value lies below this."""
+from sightline.models.answering import FARTHEST
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class MethodSummary:
         unparsed: share of short answers that no rule could read; None for captions.
         cut_off: share of answers that were stopped by the limit on tokens.
         cost: times and memory; None where they have not been measured.
+        p_values: score -> p-value like `p_value`, for all scores that are compared, adjusted for each score by itself.
+        change: what changed against the unmodified model; None for that itself.
+        ruled_out: share of yes/no questions on which yes or no was ruled out, so that the margin between them is at
+            the end of its range and ties with the others there; None where there are no margins.
     """
 
     method: str
@@ -46,6 +50,9 @@ class MethodSummary:
     unparsed: float | None
     cut_off: float
     cost: Cost | None
+    p_values: dict[str, float] = field(default_factory=dict)
+    change: Change | None = None
+    ruled_out: float | None = None
 
     @property
     def headline(self) -> Score:
@@ -68,6 +75,8 @@ class Summary:
         machine: what it ran on.
         rule: the rule by which yes/no answers were read; None where there are none.
         methods: one entry a method, the unmodified model first.
+        pairs: what pairs of methods do beyond the better of the two, where both are in the run too.
+        refused: entries that were asked for and cannot be run, and why.
     """
 
     folder: Path
@@ -75,6 +84,8 @@ class Summary:
     machine: dict[str, Any]
     rule: str | None
     methods: tuple[MethodSummary, ...]
+    pairs: tuple[PairEffect, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def headline(self) -> str:
@@ -101,16 +112,23 @@ def summarise(folder: Path) -> Summary:
         method: [row for row in rows if row["method"] == method and "error" not in row] for method in info["methods"]
     }
     failed = {method: sum(row["method"] == method and "error" in row for row in rows) for method in answers}
+    refused: dict[str, str] = {method: why for method, why in info.get("refused", {}).items() if method not in answers}
     for method, count in failed.items():
         if count and not answers[method]:
             first = next(row["error"] for row in rows if row["method"] == method and "error" in row)
-            raise InputError(f"every item failed with {method}: {first}")
+            refused[method] = f"every item failed with {method}: {first}"
     answers = {method: own for method, own in answers.items() if own}
     if not answers:
-        raise InputError(f"{folder} holds no answers yet")
-    compared = [method for method in answers if method != BASELINE and BASELINE in answers]
-    p_values = holm([_paired(benchmark, answers[BASELINE], answers[method]) for method in compared])
-    p_of = dict(zip(compared, p_values, strict=True))
+        raise InputError(next(iter(refused.values()), f"{folder} holds no answers yet"))
+    scores = {method: benchmark.scores(own) for method, own in answers.items()}
+    headline = next(iter(next(iter(scores.values()))))
+    p_values = _adjusted(
+        {
+            method: _paired(benchmark, headline, answers[BASELINE], own)
+            for method, own in answers.items()
+            if method != BASELINE and BASELINE in answers
+        }
+    )
     costs = run.costs() or {"methods": {}}
     rule = next((row["matcher"] for row in rows if "matcher" in row), None)
     return Summary(
@@ -119,26 +137,42 @@ def summarise(folder: Path) -> Summary:
         info["machine"],
         rule,
         tuple(
-            _summary(benchmark, method, own, failed[method], p_of.get(method), costs["methods"].get(method))
+            _summary(method, own, failed[method], scores, headline, p_values.get(method), costs["methods"].get(method))
             for method, own in answers.items()
         ),
+        pair_effects(benchmark, headline, answers),
+        refused,
     )
 
 
-def _paired(benchmark: Benchmark, base: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> float:
-    """The p-value on the items that both answered."""
+def _paired(
+    benchmark: Benchmark, headline: str, base: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Score -> p-value on the items that both answered, the headline's first."""
     both = {row["id"] for row in base} & {row["id"] for row in own}
     if not both:
-        return 1.0
-    return benchmark.paired([row for row in base if row["id"] in both], [row for row in own if row["id"] in both])
+        return {headline: 1.0}
+    base, own = [row for row in base if row["id"] in both], [row for row in own if row["id"] in both]
+    return {headline: benchmark.paired(base, own)} | benchmark.paired_others(base, own)
+
+
+def _adjusted(p_values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Method -> score -> p-value, adjusted for each score over the methods that have it."""
+    adjusted: dict[str, dict[str, float]] = {method: {} for method in p_values}
+    for score in dict.fromkeys(score for own in p_values.values() for score in own):
+        having = [method for method in p_values if score in p_values[method]]
+        for method, p in zip(having, holm([p_values[method][score] for method in having]), strict=True):
+            adjusted[method][score] = p
+    return adjusted
 
 
 def _summary(
-    benchmark: Benchmark,
     method: str,
     rows: Sequence[dict[str, Any]],
     failed: int,
-    p_value: float | None,
+    scores: Mapping[str, dict[str, Score]],
+    headline: str,
+    p_values: dict[str, float] | None,
     cost: Mapping[str, Any] | None,
 ) -> MethodSummary:
     def mean(name: str) -> float | None:
@@ -146,15 +180,24 @@ def _summary(
         return float(statistics.fmean(values)) if values else None
 
     readable = mean("readable")
+    margins = [row["yes_logit_margin"] for row in rows if row.get("yes_logit_margin") is not None]
+    changed = None
+    if p_values is not None:
+        # A score that only one of the two has on all of its answers cannot be put side by side.
+        base, own = scores[BASELINE], scores[method]
+        changed = change(own, base, {name: p for name, p in p_values.items() if name in own and name in base})
     return MethodSummary(
         method,
         len(rows),
         failed,
-        benchmark.scores(rows),
-        p_value,
+        scores[method],
+        None if p_values is None else p_values[headline],
         mean("visual_tokens"),
         mean("visual_tokens_given"),
         None if readable is None else 1 - readable,
         mean("cut_off") or 0.0,
         None if cost is None else Cost(**cost),
+        p_values or {},
+        changed,
+        sum(abs(margin) >= FARTHEST for margin in margins) / len(margins) if margins else None,
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST = 8
+MOST_NAMED = 3
+"""So many methods are named under a picture of which they kept the same patches."""
 LARGEST_SIDE = 448
 SMALL_SIDE = 160
 """Pictures up to this size are shown pixel by pixel, as the model sees them."""
@@ -88,11 +90,12 @@ def card(example: Example, series: Mapping[str, int]) -> str:
     """The HTML of one example; a picture that cannot be opened any more is told of in its place."""
     item = example.item
     try:
-        picture = item.picture()
+        picture = None if item.picture is None else item.picture()
     except Exception as error:
         shown = f'<p class="missing">The picture cannot be opened: {escape(str(error))}</p>'
     else:
-        shown = _pictures(picture, example, series)
+        asked_blind = '<p class="missing">Asked without a picture.</p>'
+        shown = asked_blind if picture is None else _pictures(picture, example, series)
     by_text: dict[str, list[str]] = {}
     for method, row in example.rows.items():
         by_text.setdefault(str(row["text"]), []).append(method)
@@ -107,7 +110,7 @@ def card(example: Example, series: Mapping[str, int]) -> str:
 
 
 def _pictures(picture: Image, example: Example, series: Mapping[str, int]) -> str:
-    """The picture, and once more for each method that dropped some of its tokens."""
+    """The picture, and once more for each way in which methods dropped some of its tokens."""
     whole = data_uri(picture)
     pixels = " pixels" if max(picture.size) <= SMALL_SIDE else ""
     width, height = picture.size
@@ -116,15 +119,22 @@ def _pictures(picture: Image, example: Example, series: Mapping[str, int]) -> st
         f'<image id="{_name(example)}" href="{whole}" width="{width}" height="{height}" '
         'preserveAspectRatio="none"/></svg></figure>'
     ]
+    alike: dict[str, list[str]] = {}
     for method, row in example.rows.items():
         if "kept" in row and row.get("grid"):
-            rows, columns = row["grid"]
-            figures.append(
-                f'<figure class="s{series[method]}"><svg class="picture{pixels}" viewBox="0 0 {width} {height}">'
-                f'<use href="#{_name(example)}"/>{dropped(row, width, height)}</svg>'
-                f'<figcaption><i class="key"></i><span>{escape(method)}'
-                f"<small>{len(row['kept'])} of {rows * columns} patches</small></span></figcaption></figure>"
-            )
+            alike.setdefault(dropped(row, width, height), []).append(method)
+    for overlay, methods in alike.items():
+        first = example.rows[methods[0]]
+        rows, columns = first["grid"]
+        names = escape(", ".join(methods[:MOST_NAMED])) + (
+            f" and {len(methods) - MOST_NAMED} more" if len(methods) > MOST_NAMED else ""
+        )
+        figures.append(
+            f'<figure class="s{series[methods[0]]}"><svg class="picture{pixels}" viewBox="0 0 {width} {height}">'
+            f'<use href="#{_name(example)}"/>{overlay}</svg>'
+            f'<figcaption><i class="key"></i><span>{names}'
+            f"<small>{len(first['kept'])} of {rows * columns} patches</small></span></figcaption></figure>"
+        )
     return "".join(figures)
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from sightline.benchmarks.changes import lower_is_better
 from sightline.benchmarks.costs import BASELINE
 from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.summary import MethodSummary, Summary, benchmark_of, summarise
 from sightline.errors import InputError
 from sightline.files import write_whole
 from sightline.report import table
+from sightline.report.curves import curves_section
 from sightline.report.examples import card, choose
+from sightline.report.matrix import matrix_section
 from sightline.report.plots import Point, interval, scatter
+from sightline.report.table import listed, words
 
 SERIES = 8
 """Colours besides that of the unmodified model; with more methods they begin again."""
+NAMED = 10
+"""Up to so many methods are named in the plots; of more of them there are only numbers."""
 
 
 def write_report(folder: Path) -> Path:
@@ -42,6 +47,9 @@ def page(summary: Summary) -> str:
         (
             _header(summary),
             _comparison(summary, series),
+            matrix_section(summary),
+            curves_section(summary, series),
+            _costs(summary, series),
             _plots(summary, series),
             _examples(summary, series),
             _all_scores(summary),
@@ -67,20 +75,15 @@ def verdict(summary: Summary) -> str:
     better = [method.method for method in shown if sign * (method.headline.value - base) > 0]
     worse = [method.method for method in shown if sign * (method.headline.value - base) <= 0]
     rest = [method.method for method in others if method.no_difference_shown]
-    name = _words(summary.headline)
+    name = words(summary.headline)
     told = []
     if better:
-        told.append(f"Better than the unmodified model in {name}: {_listed(better)}.")
+        told.append(f"Better than the unmodified model in {name}: {listed(better)}.")
     if worse:
-        told.append(f"{'Worse' if better else f'Worse than the unmodified model in {name}'}: {_listed(worse)}.")
+        told.append(f"{'Worse' if better else f'Worse than the unmodified model in {name}'}: {listed(worse)}.")
     if rest:
-        told.append(f"No difference shown: {_listed(rest)}.")
+        told.append(f"No difference shown: {listed(rest)}.")
     return " ".join(told)
-
-
-def lower_is_better(name: str) -> bool:
-    """Whether a score is the better the lower it is (CHAIR, and what could not be read)."""
-    return name == "unparsed" or ("chair" in name and not name.endswith("recall"))
 
 
 def _header(summary: Summary) -> str:
@@ -93,11 +96,11 @@ def _header(summary: Summary) -> str:
         "attention": settings["attention"],
         "precision": settings["dtype"],
     }
-    listed = "".join(f"<li>{name} <b>{escape(str(value))}</b></li>" for name, value in facts.items())
+    told = "".join(f"<li>{name} <b>{escape(str(value))}</b></li>" for name, value in facts.items())
     return (
         '<header><p class="product">Sightline</p>'
         f"<h1>{escape(Path(settings['model']).name)} on {escape(settings['benchmark'])}</h1>"
-        f'<p class="lead">{escape(verdict(summary))}</p><ul class="facts">{listed}</ul></header>'
+        f'<p class="lead">{escape(verdict(summary))}</p><ul class="facts">{told}</ul></header>'
     )
 
 
@@ -109,35 +112,85 @@ def _comparison(summary: Summary, series: dict[str, int]) -> str:
     bounds = (min(lows) - 0.03 * span, max(highs) + 0.03 * span)
     base = summary.methods[0].headline.value
     rows = []
-    for method in summary.methods:
+    telling = any(method.change for method in summary.methods)
+    for place, method in enumerate(summary.methods):
         found = method.headline
         key = series[method.method]
         rows.append(
-            f'<tr><td class="method s{key}"><i class="key"></i>{escape(method.method)}</td>'
+            f"<tr>{_method_cell(summary, place, series)}"
             f"<td>{table.number(name, found.value)}<small>{table.number(name, found.low)} to "
             f"{table.number(name, found.high)}</small></td>"
             f"<td>{interval(found.value, found.low, found.high, bounds, base, key)}</td>"
             f"{_p_cell(method, base, lower_is_better(name))}"
-            f"<td>{_tokens(method)}</td>" + "".join(f"<td>{_cost(method, cost)}</td>" for cost in table.COSTS) + "</tr>"
+            + (_change_cell(method) if telling else "")
+            + f"<td>{_tokens(method)}</td></tr>"
         )
-    heads = ("", f"{_words(name)}, %", "95 % interval", "paired test", "visual tokens", "first token", "each further")
-    head = "".join(f"<th>{escape(text)}</th>" for text in (*heads, "peak memory"))
+    changes = ["what changed"] * telling
+    heads = ("", f"{words(name)}, %", "95 % interval", "paired test", *changes, "visual tokens")
+    told = " What changed is told from the tests of all scores." if telling else ""
     return (
-        "<h2>The comparison</h2><p>All methods answered the same items. The dashed stroke is the unmodified model; "
-        "ratios are to it, measured in the same rounds.</p>"
-        f'<div class="panel"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        "<h2>The comparison</h2><p>All methods answered the same items. The dashed stroke is the unmodified model."
+        f"{told}</p>{_table(heads, rows)}"
+    )
+
+
+def _table(heads: tuple[str, ...], rows: list[str], kind: str = "panel") -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(rows)
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _method_cell(summary: Summary, place: int, series: dict[str, int]) -> str:
+    """The name of a method with its colour, and with its number where the plots show numbers."""
+    name = summary.methods[place].method
+    number = f"<b>{place}</b> " if len(summary.methods) > NAMED else ""
+    return f'<td class="method s{series[name]}"><i class="key"></i>{number}{escape(name)}</td>'
+
+
+def _change_cell(method: MethodSummary) -> str:
+    if method.change is None:
+        return '<td class="plain">—</td>'
+    parts = [
+        f"{what}: {', '.join(map(words, getattr(method.change, what)))}"
+        for what in ("better", "worse", "moved")
+        if getattr(method.change, what)
+    ]
+    plain = "" if parts else " plain"
+    told = f"<small>{escape('; '.join(parts))}</small>" if parts else ""
+    return f'<td class="change{plain}">{escape(method.change.kind)}{told}</td>'
+
+
+def _costs(summary: Summary, series: dict[str, int]) -> str:
+    present = table.costs_present(summary)
+    if not present:
+        return ""
+    rows = [
+        f"<tr>{_method_cell(summary, place, series)}"
+        + "".join(f"<td>{_cost(method, name)}</td>" for name in present)
+        + "</tr>"
+        for place, method in enumerate(summary.methods)
+    ]
+    told = ["Medians at batch size 1; ratios are to the unmodified model, measured in the same rounds."]
+    if "time_per_answer" in present:
+        told.append("A whole answer goes from the question to the answer as text and ends where it ends.")
+    if "calls" in present:
+        told.append("Calls are what the model was asked for one answer.")
+    if "prefill_tokens" in present:
+        told.append("Tokens read are what the language model reads of prompts for one answer, all rows counted.")
+    return f"<h2>What it costs</h2><p>{' '.join(told)}</p>" + _table(
+        ("", *(table.COST_NAMES[name] for name in present)), rows
     )
 
 
 def _p_cell(method: MethodSummary, base: float, low_is_good: bool) -> str:
     if method.p_value is None:
         return '<td class="plain">—</td>'
-    p = "p < 0.001" if method.p_value < 0.001 else f"p = {method.p_value:.3f}"
+    p = escape(table.probability(method.p_value))
     if method.no_difference_shown:
         return f'<td class="plain">no difference shown<small>{p}</small></td>'
     better = (method.headline.value < base) if low_is_good else (method.headline.value > base)
-    points = 100 * (method.headline.value - base)
-    return f'<td class="{"better" if better else "worse"}">{_signed(points)} points<small>{escape(p)}</small></td>'
+    points = table.signed(100 * (method.headline.value - base))
+    return f'<td class="{"better" if better else "worse"}">{points} points<small>{p}</small></td>'
 
 
 def _tokens(method: MethodSummary) -> str:
@@ -148,11 +201,8 @@ def _tokens(method: MethodSummary) -> str:
 
 
 def _cost(method: MethodSummary, name: str) -> str:
-    if method.cost is None:
-        return "—"
-    value = getattr(method.cost, name)
-    plain = table.memory(value) if name == "peak_memory" else table.milliseconds(value)
-    return _with_ratio(plain, method.cost.ratio[name], method)
+    plain = table.plain_cost(method, name)
+    return _with_ratio(plain, table.cost_ratio(method, name), method) if plain else "—"
 
 
 def _with_ratio(plain: str, ratio: float | None, method: MethodSummary) -> str:
@@ -164,40 +214,50 @@ def _with_ratio(plain: str, ratio: float | None, method: MethodSummary) -> str:
 def _plots(summary: Summary, series: dict[str, int]) -> str:
     if len(summary.methods) < 2:
         return ""
-    name = _words(summary.headline)
+    name = words(summary.headline)
     axes: tuple[tuple[str, str, Callable[[MethodSummary], float | None]], ...] = (
         ("Visual tokens", "visual tokens that reach the decoder", lambda m: m.visual_tokens),
-        (
-            "Time to the first token",
-            "time to the first token, ms",
-            lambda m: 1e3 * m.cost.time_to_first_token if m.cost else None,
-        ),
-        (
-            "Time for each further token",
-            "time for each further token, ms",
-            lambda m: 1e3 * m.cost.time_per_token if m.cost else None,
-        ),
-        ("Peak memory", "peak memory beside the weights, MB", lambda m: m.cost.peak_memory / 1e6 if m.cost else None),
+        ("Time to the first token", "time to the first token, ms", _scaled("time_to_first_token", 1e3)),
+        ("Time for each further token", "time for each further token, ms", _scaled("time_per_token", 1e3)),
+        ("Time for a whole answer", "time for a whole answer, ms", _scaled("time_per_answer", 1e3)),
+        ("Tokens read", "prompt tokens read for one answer", _scaled("prefill_tokens", 1.0)),
+        ("Peak memory", "peak memory beside the weights, MB", _scaled("peak_memory", 1e-6)),
     )
     plots = []
+    numbered = len(summary.methods) > NAMED
     for heading, label, value in axes:
-        found = [(method, value(method)) for method in summary.methods]
-        points = [_point(summary, method, x, series[method.method]) for method, x in found if x is not None]
+        found = [(place, method, value(method)) for place, method in enumerate(summary.methods)]
+        points = [
+            _point(summary, method, x, series[method.method], str(place) if numbered else method.method)
+            for place, method, x in found
+            if x is not None
+        ]
         if len(points) > 1:
             better = "lower" if lower_is_better(summary.headline) else "upper"
             plots.append(f'<div class="panel"><h3>{heading}</h3>{scatter(points, label, f"{name}, %")}</div>')
     if not plots:
         return ""
+    told = " The numbers are those of the tables above." if numbered else ""
     return (
         f"<h2>Quality against cost</h2><p>Towards the {better} left is better. Whiskers are 95 % intervals; the "
-        f'band is that of the unmodified model.</p><div class="plots">{"".join(plots)}</div>'
+        f'band is that of the unmodified model.{told}</p><div class="plots">{"".join(plots)}</div>'
     )
 
 
-def _point(summary: Summary, method: MethodSummary, x: float, series: int) -> Point:
+def _scaled(name: str, factor: float) -> Callable[[MethodSummary], float | None]:
+    """A cost of a method in the unit of a plot."""
+
+    def value(method: MethodSummary) -> float | None:
+        found = getattr(method.cost, name) if method.cost else None
+        return None if found is None else factor * found
+
+    return value
+
+
+def _point(summary: Summary, method: MethodSummary, x: float, series: int, name: str) -> Point:
     found = method.headline
     tip = f"{method.method}: {table.score(summary.headline, found)}, x = {x:.4g}"
-    return Point(method.method, series, x, 100 * found.value, 100 * found.low, 100 * found.high, tip)
+    return Point(name, series, x, 100 * found.value, 100 * found.low, 100 * found.high, tip)
 
 
 def _examples(summary: Summary, series: dict[str, int]) -> str:
@@ -217,36 +277,47 @@ def _examples(summary: Summary, series: dict[str, int]) -> str:
 
 
 def _all_scores(summary: Summary) -> str:
-    names = list(dict.fromkeys(name for method in summary.methods for name in method.scores))
-    head = "".join(f"<th>{escape(method.method)}</th>" for method in summary.methods)
-    rows = []
-    for name in names:
-        cells = []
-        for method in summary.methods:
-            found = method.scores.get(name)
-            if found is None:
-                cells.append("<td>—</td>")
-                continue
-            low, high = table.number(name, found.low), table.number(name, found.high)
-            cells.append(f"<td>{table.number(name, found.value)}<small>{low} to {high}</small></td>")
-        unit = ", words" if name in table.COUNTS else ", %"
-        rows.append(f"<tr><td>{escape(_words(name))}{unit}</td>{''.join(cells)}</tr>")
-    return (
-        "<h2>All scores</h2><p>With 95 % intervals.</p>"
-        f'<div class="panel scores"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+    methods = summary.methods
+    names = list(dict.fromkeys(name for method in methods for name in method.scores))
+    unit = {name: f"{words(name)}, {'words' if name in table.COUNTS else '%'}" for name in names}
+    if len(methods) <= table.ACROSS:
+        heads = ("", *(method.method for method in methods))
+        rows = [
+            f"<tr><td>{escape(unit[name])}</td>{''.join(_score_cell(method, name) for method in methods)}</tr>"
+            for name in names
+        ]
+    else:
+        heads = ("", *unit.values())
+        rows = [
+            f'<tr><td class="method">{escape(method.method)}</td>'
+            f"{''.join(_score_cell(method, name) for name in names)}</tr>"
+            for method in methods
+        ]
+    tested = (
+        " p: paired test against the unmodified model, adjusted for the number of methods, for each score by itself."
+        if any(method.p_values for method in methods)
+        else ""
     )
+    return f"<h2>All scores</h2><p>With 95 % intervals.{tested}</p>{_table(heads, rows, 'panel scores')}"
+
+
+def _score_cell(method: MethodSummary, name: str) -> str:
+    found = method.scores.get(name)
+    if found is None:
+        return "<td>—</td>"
+    told = f"{table.number(name, found.low)} to {table.number(name, found.high)}"
+    p = method.p_values.get(name)
+    tested = "" if p is None else f"<small>{escape(table.probability(p))}</small>"
+    return f"<td>{table.number(name, found.value)}<small>{told}</small>{tested}</td>"
 
 
 def _how(summary: Summary) -> str:
     settings: dict[str, Any] = dict(summary.settings)
     shown = {**settings, **{f"machine: {name}": value for name, value in summary.machine.items()}}
-    listed = "".join(
-        f"<dt>{escape(_words(name))}</dt><dd>{escape(_plain(value))}</dd>" for name, value in shown.items()
-    )
+    rows = "".join(f"<dt>{escape(words(name))}</dt><dd>{escape(_plain(value))}</dd>" for name, value in shown.items())
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes(summary))
     return (
-        f'<h2>How this was measured</h2><ul class="notes">{notes}</ul><div class="panel"><dl>{listed}</dl></div>'
+        f'<h2>How this was measured</h2><ul class="notes">{notes}</ul><div class="panel"><dl>{rows}</dl></div>'
         "<footer>Made by sightline from the files of the run; giving the same command again makes the same answers."
         "</footer>"
     )
@@ -256,21 +327,6 @@ def _series(summary: Summary) -> dict[str, int]:
     """Method -> the number of its colour; 0 is the unmodified model's."""
     others = [method.method for method in summary.methods if method.method != BASELINE]
     return {BASELINE: 0} | {name: place % SERIES + 1 for place, name in enumerate(others)}
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _words(name: str) -> str:
-    """A name as people write it."""
-    for plain, known in (("chair", "CHAIR"), ("auroc", "AUROC"), ("f1", "F1")):
-        name = name.replace(plain, known)
-    return "all skills" if name == "all" else re.sub("_(?![si]$)", " ", name)
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _plain(value: object) -> str:

@@ -1,4 +1,5 @@
-"""Plots as SVG text: what a method costs against how good it is, and intervals beside a table.
+"""Plots as SVG text: what a method costs against how good it is, how good it is against its strength, and intervals
+beside a table.
 
 Colours are CSS variables of the page (`--c` of the classes s0, s1, ...), so that a plot follows its light and dark
 dress. All text is escaped here.
@@ -16,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 18, 14, 46
 LABEL_HEIGHT = 15
 CHARACTER = 6.6
 """Width of a character of a label, in pixels, on average."""
+WIDE = 10.0
+"""Strengths whose ends are at least this many times apart are shown in equal ratios."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear map from data to pixels."""
+    """A linear map from data to pixels, or one of equal ratios."""
 
     low: float
     high: float
     start: float
     end: float
+    ratios: bool = False
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high = self.low, self.high
+        if self.ratios:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -65,18 +72,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, *, x_from_zero:
     x_of = Scale(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
     y_of = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
     base = points[0]
-    parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against '
-        f'{escape(x_label)}">'
-    ]
-    for tick in ys:
-        y = y_of(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in xs:
-        x = x_of(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    parts = [_frame(xs, ys, x_of, y_of, x_label, y_label)]
     high, low = y_of(base.high), y_of(base.low)
     parts.append(
         f'<rect class="band" x="{LEFT}" y="{high:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{low - high:.1f}"/>'
@@ -94,13 +90,86 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, *, x_from_zero:
             f'<text class="name" x="{label_x:.1f}" y="{label_y + 4:.1f}" text-anchor="{anchor}">{escape(point.name)}'
             "</text></g>"
         )
+    return "".join(parts) + "</svg>"
+
+
+def curve(
+    points: Sequence[Point],
+    base: float,
+    default: float | None,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Quality over a method's strength: a line through the points, whose intervals make a band. The unmodified model is
+    a horizontal line; the default is marked where it lies among the strengths.
+
+    Args:
+        points: from the smallest strength on.
+        base: what the unmodified model reaches.
+        default: the method's default strength.
+        x_label: what the strength is called.
+        y_label: what is measured.
+    """
+    strengths = [point.x for point in points]
+    first, last = strengths[0], strengths[-1]
+    ratios = first > 0 and last / first >= WIDE
+    xs = strengths if ratios else [x for x in ticks(first, last) if first <= x <= last]
+    ys = ticks(*_bounds([base, *(value for point in points for value in (point.low, point.high))], False))
+    x_of = Scale(first, last, LEFT + 12, WIDTH - RIGHT - 12, ratios)
+    y_of = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
+    there = [(x_of(point.x), point) for point in points]
+    edge = [(x, y_of(point.high)) for x, point in there] + [(x, y_of(point.low)) for x, point in reversed(there)]
+    parts = [
+        _frame(xs, ys, x_of, y_of, x_label, y_label),
+        f'<g class="s{points[0].series}"><polygon class="range" points="{_listed(edge)}"/>',
+        f'<polyline class="curve" points="{_listed([(x, y_of(point.y)) for x, point in there])}"/></g>',
+        f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(base):.1f}" y2="{y_of(base):.1f}"/>',
+    ]
+    if default is not None and first <= default <= last:
+        x = x_of(default)
+        anchor = "end" if x > (LEFT + WIDTH) / 2 else "start"
+        parts.append(
+            f'<line class="default" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<text class="tick" x="{x + (5 if anchor == "start" else -5):.1f}" y="{TOP + 9}" text-anchor="{anchor}">'
+            "default</text>"
+        )
+    for x, point in there:
+        parts.append(
+            f'<g class="s{point.series}"><title>{escape(point.tip)}</title>'
+            f'<circle class="dot" cx="{x:.1f}" cy="{y_of(point.y):.1f}" r="5"/></g>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _frame(xs: Sequence[float], ys: Sequence[float], x_of: Scale, y_of: Scale, x_label: str, y_label: str) -> str:
+    """The start of a plot: its grid, ticks and what its axes are called."""
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against '
+        f'{escape(x_label)}">'
+    ]
+    for tick in ys:
+        y = y_of(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    free = -math.inf  # where the next number on the x axis may begin
+    for tick in xs:
+        x, half = x_of(tick), CHARACTER * len(f"{tick:g}") / 2
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        if x - half >= free:
+            at = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}"'
+            parts.append(f'<text class="tick" {at} text-anchor="middle">{tick:g}</text>')
+            free = x + half + 4
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
         f'<text class="axis" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
         f'<text class="axis" transform="translate(13 {middle_y}) rotate(-90)" text-anchor="middle">{escape(y_label)}'
-        "</text></svg>"
+        "</text>"
     )
     return "".join(parts)
+
+
+def _listed(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
 def interval(value: float, low: float, high: float, bounds: tuple[float, float], base: float, series: int) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,13 +13,32 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sightline.benchmarks.changes import lower_is_better
 from sightline.benchmarks.costs import BASELINE
 from sightline.benchmarks.item import Score
+from sightline.benchmarks.pairs import PairEffect
 from sightline.benchmarks.summary import MethodSummary, Summary
 
 COSTS = ("time_to_first_token", "time_per_token", "peak_memory")
+ANSWER_COSTS = ("time_per_answer", "calls", "prefill_tokens")
+"""What a whole answer costs; runs of earlier versions have not measured it."""
+COST_NAMES = {
+    "time_to_first_token": "first token",
+    "time_per_token": "each further",
+    "time_per_answer": "whole answer",
+    "calls": "calls",
+    "prefill_tokens": "tokens read",
+    "peak_memory": "peak memory",
+}
+"""Costs in the order of their columns -> what these are called."""
 COUNTS = frozenset({"length"})
 """Scores that are no shares."""
+ACROSS = 4
+"""So many methods stand side by side; more of them stand one below the other."""
+MOST_LISTED = 8
+"""A sentence names so many methods at the most."""
+SCORES_ACROSS = 5
+"""So many scores stand side by side there."""
 
 
 def json_lines(summary: Summary) -> str:
@@ -28,7 +50,8 @@ def json_lines(summary: Summary) -> str:
 def as_dict(summary: Summary, method: MethodSummary) -> dict[str, Any]:
     """What `--json` prints of one method."""
     cost = method.cost
-    ratio = {"visual_tokens": token_ratio(method), **{name: cost.ratio[name] if cost else None for name in COSTS}}
+    ratio = {"visual_tokens": token_ratio(method), **{name: cost_ratio(method, name) for name in COSTS}}
+    pair = next((effect for effect in summary.pairs if effect.pair == method.method), None)
     return {
         "method": method.method,
         "benchmark": summary.settings["benchmark"],
@@ -47,6 +70,13 @@ def as_dict(summary: Summary, method: MethodSummary) -> dict[str, Any]:
         "time_per_token": cost.time_per_token if cost else None,
         "peak_memory": cost.peak_memory if cost else None,
         "ratio": ratio,
+        "p_values": method.p_values,
+        "change": asdict(method.change) if method.change else None,
+        "costs": {
+            **{name: getattr(cost, name) if cost else None for name in ANSWER_COSTS},
+            "ratio": {name: cost_ratio(method, name) for name in ANSWER_COSTS if name != "calls"},
+        },
+        "pair": asdict(pair) if pair else None,
     }
 
 
@@ -57,11 +87,27 @@ def token_ratio(method: MethodSummary) -> float | None:
     return method.visual_tokens / method.visual_tokens_given
 
 
+def cost_ratio(method: MethodSummary, name: str) -> float | None:
+    """What a cost is of the unmodified model's; None where that was not measured."""
+    return method.cost.ratio.get(name) if method.cost else None
+
+
+def costs_present(summary: Summary) -> list[str]:
+    """The costs that were measured of a method at least, in the order of their columns; calls only if some are not
+    one."""
+    costs = [method.cost for method in summary.methods if method.cost]
+    present = [name for name in COST_NAMES if any(getattr(cost, name) is not None for cost in costs)]
+    return [name for name in present if name != "calls" or any(cost.calls != 1 for cost in costs)]
+
+
 def tables(summary: Summary) -> RenderableType:
-    """Three tables (the comparison, what it costs, all scores) and the notes that belong to them."""
-    parts: list[RenderableType] = [Text(title(summary), style="bold")]
-    for table in (_comparison(summary), _costs(summary), _all_scores(summary)):
-        parts.append(table)
+    """Tables (the comparison, what changed, pairs, what it costs, all scores) and the notes that belong to them."""
+    parts: list[RenderableType] = [Text(title(summary), style="bold"), _comparison(summary)]
+    if any(method.change for method in summary.methods):
+        parts.append(_changes(summary))
+    if summary.pairs:
+        parts.append(_pairs(summary))
+    parts += [_costs(summary), *_all_scores(summary)]
     return Group(*parts, *(Text(note) for note in notes(summary)))
 
 
@@ -75,8 +121,19 @@ def notes(summary: Summary) -> list[str]:
         f"{settings['dtype']} on {machine['gpu'] if settings['device'] == 'cuda' else machine['processor']}, "
         f"{machine['threads']} threads, attention {settings['attention']}.",
     ]
+    if any(method.change and "calibrated_accuracy" in method.p_values for method in summary.methods):
+        told.append(
+            "A threshold shift is more or fewer yes on the same order of the items; separation is how well the margins "
+            "of yes tell yes from no wherever the threshold lies (AUROC, calibrated accuracy)."
+        )
+    if summary.pairs:
+        told.append(
+            "Pairs: the headline of the pair minus that of the better of its two methods, tested on the same items; p "
+            "adjusted for the number of pairs."
+        )
     if summary.rule:
         told.append(f"Yes or no was read by the rule {summary.rule!r}.")
+    troubled: dict[str, list[str]] = {}
     for method in summary.methods:
         troubles = []
         if method.failed:
@@ -85,8 +142,12 @@ def notes(summary: Summary) -> list[str]:
             troubles.append(f"{100 * method.unparsed:.1f} % of the answers were not understood")
         if method.cut_off:
             troubles.append(f"{100 * method.cut_off:.1f} % of the answers were cut off")
+        if method.ruled_out:
+            troubles.append(f"yes or no was ruled out on {100 * method.ruled_out:.1f} % of the questions, which tie")
         if troubles:
-            told.append(f"{method.method}: {', '.join(troubles)}.")
+            troubled.setdefault(", ".join(troubles), []).append(method.method)
+    told += [f"{listed(names)}: {troubles}." for troubles, names in troubled.items()]
+    told += [f"Refused: {name}: {why}" for name, why in summary.refused.items()]
     if len({method.n for method in summary.methods}) > 1:
         told.append("The methods answered different numbers of items: the run is not finished, or items failed.")
     return told
@@ -112,17 +173,70 @@ def p_value(method: MethodSummary) -> str:
     """The p-value, in words where it shows nothing."""
     if method.p_value is None:
         return ""
-    shown = "< 0.001" if method.p_value < 0.001 else f"{method.p_value:.3f}"
+    shown = probability(method.p_value).removeprefix("p ").removeprefix("= ")
     return f"{shown}, no difference shown" if method.no_difference_shown else shown
 
 
+def probability(p: float) -> str:
+    """A p-value with its sign of equality."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def cost(method: MethodSummary, name: str) -> str:
-    """A time or the memory of a method, with its ratio to the unmodified model."""
-    if method.cost is None:
+    """A cost of a method, with its ratio to the unmodified model; empty where it was not measured."""
+    plain, ratio = plain_cost(method, name), cost_ratio(method, name)
+    return plain if ratio is None or method.method == BASELINE else f"{plain} (×{ratio:.2f})"
+
+
+def plain_cost(method: MethodSummary, name: str) -> str:
+    """A cost of a method in its unit; empty where it was not measured."""
+    value = getattr(method.cost, name) if method.cost else None
+    if value is None:
         return ""
-    value = getattr(method.cost, name)
-    plain = memory(value) if name == "peak_memory" else milliseconds(value)
-    return plain if method.method == BASELINE else f"{plain} (×{method.cost.ratio[name]:.2f})"
+    if name == "peak_memory":
+        return memory(value)
+    if name == "prefill_tokens":
+        return str(value)
+    return f"{value:.3g}" if name == "calls" else milliseconds(value)
+
+
+def changed(method: MethodSummary) -> str:
+    """The scores of which a difference is shown, with their p-values; empty where there are none."""
+    if method.change is None:
+        return ""
+    parts = []
+    for what in ("better", "worse", "moved"):
+        names = getattr(method.change, what)
+        if names:
+            told = (f"{words(name)} ({probability(method.p_values[name])})" for name in names)
+            parts.append(f"{what}: {', '.join(told)}")
+    return "; ".join(parts)
+
+
+def beyond(summary: Summary, effect: PairEffect) -> str:
+    """Whether a pair is better or worse than the better of its methods, or neither is shown."""
+    if effect.no_difference_shown:
+        return "no difference shown"
+    return "better" if (effect.difference < 0) == lower_is_better(summary.headline) else "worse"
+
+
+def words(name: str) -> str:
+    """A score's name as people write it."""
+    for plain, known in (("chair", "CHAIR"), ("auroc", "AUROC"), ("f1", "F1")):
+        name = name.replace(plain, known)
+    return "all skills" if name == "all" else re.sub("_(?![si]$)", " ", name)
+
+
+def listed(names: list[str]) -> str:
+    """Names in a sentence, at most `MOST_LISTED` of them."""
+    if len(names) > MOST_LISTED:
+        return f"{', '.join(names[: MOST_LISTED - 1])} and {len(names) - MOST_LISTED + 1} more"
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def signed(points: float) -> str:
+    """A difference in per cent points."""
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def milliseconds(seconds: float) -> str:
@@ -167,24 +281,66 @@ def _comparison(summary: Summary) -> Table:
     return table
 
 
+def _changes(summary: Summary) -> Table:
+    table = _table("method", "what changed", "shown of")
+    table.columns[2].justify = "left"
+    for method in summary.methods:
+        if method.change is not None:
+            table.add_row(method.method, method.change.kind, changed(method))
+    return table
+
+
+def _pairs(summary: Summary) -> Table:
+    table = _table("pair", "better alone", "beyond it,\npoints", "")
+    for effect in summary.pairs:
+        told = f"{probability(effect.p_value)}, {beyond(summary, effect)}"
+        table.add_row(effect.pair, effect.better, difference(summary.headline, effect.difference), told)
+    return table
+
+
+def difference(name: str, value: float) -> str:
+    """A difference of two scores, in per cent points where they are shares."""
+    return signed(value if name in COUNTS else 100 * value)
+
+
 def _costs(summary: Summary) -> Table:
-    table = _table("method", "first token", "each further", "peak memory")
+    present = costs_present(summary) or list(COSTS)
+    table = _table("method", *(COST_NAMES[name] for name in present))
     if any(method.cost for method in summary.methods):
         for method in summary.methods:
-            table.add_row(method.method, *(cost(method, name) for name in COSTS))
+            table.add_row(method.method, *(cost(method, name) for name in present))
     else:
-        table.add_row("not measured", "", "", "")
+        table.add_row("not measured", *("" for _ in present))
     return table
 
 
-def _all_scores(summary: Summary) -> Table:
-    """Scores down, methods across; with intervals where there is room for them."""
-    table = _table("score, %", *(method.method for method in summary.methods))
-    wide = len(summary.methods) <= 3
-    for name in dict.fromkeys(name for method in summary.methods for name in method.scores):
-        cells = []
-        for method in summary.methods:
-            found = method.scores.get(name)
-            cells.append("" if found is None else score(name, found) if wide else number(name, found.value))
-        table.add_row(f"{name} (words)" if name in COUNTS else name, *cells)
-    return table
+def _all_scores(summary: Summary) -> list[Table]:
+    """Scores down and methods across, with intervals where there is room for them; of many methods the other way round,
+    in as many tables as it takes."""
+    methods = summary.methods
+    names = list(dict.fromkeys(name for method in methods for name in method.scores))
+    if len(methods) <= ACROSS:
+        table = _table("score, %", *(method.method for method in methods))
+        for name in names:
+            table.add_row(_unit(name), *(_cell(method, name, intervals=len(methods) <= 3) for method in methods))
+        return [table]
+    made = []
+    for part in _parts(names, SCORES_ACROSS):
+        table = _table("method, %", *(_unit(name).replace("_", "_\n") for name in part))
+        for method in methods:
+            table.add_row(method.method, *(_cell(method, name) for name in part))
+        made.append(table)
+    return made
+
+
+def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _unit(name: str) -> str:
+    return f"{name} (words)" if name in COUNTS else name
+
+
+def _cell(method: MethodSummary, name: str, *, intervals: bool = False) -> str:
+    found = method.scores.get(name)
+    return "" if found is None else score(name, found) if intervals else number(name, found.value)
