@@ -28,7 +28,9 @@ from sightline.reduction.token_reducer import ImageTokens, TokenReducer
 SETTINGS: dict[str, dict[str, Any]] = {
     "damro": {"k": 4},
     "fastervlm": {"keep": 0.4},
+    "imbalanced_attention": {"spatial_ratio": 0.1, "head_modulation": "proportional", "boost_prefill": "always"},
     "lacing": {"cfg_scale": 2.0, "soft_image": "untrained"},
+    "pai": {"boost_prefill": "always"},
 }
 NAMES: tuple[str, ...] = tuple(name for name, kind in methods().items() if kind.attaches)
 """The methods that attach to a model. (Strategies, which ask it several times, have tests of their own.)"""
@@ -67,6 +69,16 @@ def refusal_on(name: str, anatomy: Anatomy) -> str | None:
 
 WORKING = [(name, family) for name in NAMES for family in FAMILIES if refusal(name, family) is None]
 REFUSED = [(name, family) for name in NAMES for family in FAMILIES if refusal(name, family) is not None]
+
+
+def composing(names: Sequence[str]) -> list[Method]:
+    """As many of the catalogue's methods as can be on a model together, the first ones first."""
+    chosen: list[Method] = []
+    for name in names:
+        if not any(specimen(name).claims() & method.claims() for method in chosen):
+            chosen.append(specimen(name))
+    assert len(chosen) > len(names) / 2
+    return chosen
 
 
 def has_picture(batch: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from specimens import (
     Nothing,
     Watching,
     anatomy_of,
+    composing,
     forward_logits,
     generate,
     logits,
@@ -62,12 +63,20 @@ class Counter:
             handle.remove()
 
 
-def expected_runs(methods: list[Method], rows: int, prompt: int, new: int) -> list[tuple[int, int]]:
-    """From the kinds of the methods: the prompt is read once, with a row more for each branch."""
+WITHOUT_PICTURE = ("debiasing", "imbalanced_attention", "pai")
+"""The contrastive methods whose branch is the prompt without its picture: they share its rows."""
+LOOKS_FIRST = "agla"
+"""Reads the prompt once by itself, to see where the model looks, and encodes what it makes of the picture."""
+
+
+def expected_runs(methods: list[Method], rows: int, prompt: int, new: int, whole: int = 0) -> list[tuple[int, int]]:
+    """From the kinds of the methods: the prompt is read once, with a row more for each branch, and `whole`, before
+    tokens are dropped, by the method that looks first."""
     steering = sum(isinstance(method, HiddenSteering) for method in methods)
     while_reading = sum(isinstance(method, AttentionSteering) for method in methods)
-    to_the_end = sum(isinstance(method, ContrastiveDecoding) for method in methods)
-    extra = [(2 * rows, prompt)] * steering
+    contrastive = [method.paper for method in methods if isinstance(method, ContrastiveDecoding)]
+    to_the_end = len({"shared" if paper in WITHOUT_PICTURE else paper for paper in contrastive})
+    extra = [(rows, whole or prompt)] * (LOOKS_FIRST in contrastive) + [(2 * rows, prompt)] * steering
     return [*extra, (rows * (1 + while_reading + to_the_end), prompt)] + [(rows * (1 + to_the_end), 1)] * (new - 1)
 
 
@@ -82,18 +91,18 @@ def test_the_prompt_is_read_once(name: str, family: str) -> None:
     prompt = out.past_key_values.get_seq_length() - 3
     assert attached.runs == expected_runs([method], 3, prompt, 4)
     assert prompt == batch["input_ids"].shape[1] or attachment.kept is not None
-    assert attached.encoded == stock.encoded + isinstance(method, PictureView)
+    assert attached.encoded == stock.encoded + (isinstance(method, PictureView) or name == LOOKS_FIRST)
 
 
 @each_family
 def test_the_prompt_is_read_once_by_all_methods_together(family: str) -> None:
     model = model_of(family)
     batch = tiny.inputs(family, model)
-    methods: list[Method] = [specimen(name) for name in NAMES if (name, family) in WORKING]
+    methods = composing([name for name in NAMES if (name, family) in WORKING])
     with sl.attach(model, *methods), Counter(family) as counter:
         out = generate(model, batch, num_beams=2)
     prompt = out.past_key_values.get_seq_length() - 3
-    assert counter.runs == expected_runs(methods, 6, prompt, 4)
+    assert counter.runs == expected_runs(methods, 6, prompt, 4, batch["input_ids"].shape[1])
 
 
 @works
@@ -105,7 +114,7 @@ def test_without_a_cache_what_the_prompt_told_is_not_asked_again(name: str, fami
     with sl.attach(model, method), Counter(family) as attached:
         generate(model, batch, use_cache=False)
     assert [rows for rows, _ in attached.runs] == [rows for rows, _ in expected_runs([method], 1, 0, 4)]
-    assert attached.encoded == stock.encoded + isinstance(method, PictureView)
+    assert attached.encoded == stock.encoded + (isinstance(method, PictureView) or name == LOOKS_FIRST)
 
 
 # --- The extra rows, against the stock model ---

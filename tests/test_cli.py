@@ -311,7 +311,7 @@ def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 def test_a_benchmark_of_words_beside_pictures(checkpoint: str, tmp_path: Path) -> None:
     arguments = ["bench", "--benchmark", "words-or-vision", "--option", "context={text}", "--model", checkpoint]
-    arguments += ["--items", "3", "--max-new-tokens", "2", "--cost-items", "1", "--methods", "vista"]
+    arguments += ["--items", "2", "--max-new-tokens", "2", "--cost-items", "0", "--methods", "vista"]
     result = call(*arguments, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "macro" in result.stdout
@@ -355,12 +355,14 @@ def test_ask_with_a_strategy_and_a_limit_on_time(
     picture = draw(sample_scene("test", 3))
     picture.save(file)
     arguments = ["ask", str(file), "Is there a cat?", "--model", checkpoint, "--max-new-tokens", "3"]
-    result = call(*arguments, "--methods", "none", "mvp_reasoning", "vista+mvp_reasoning")
+    short = "mvp_reasoning:k=1,caption_tokens=4,path_tokens=3"
+    result = call(*arguments, "--methods", "none", short, f"vista+{short}")
     assert result.exit_code == 0, result.output
     model, processor = load(checkpoint)
-    by_hand = MvpReasoning().answer(model, processor, picture, "Is there a cat?", 3)
-    assert f"mvp_reasoning: {by_hand.text}{answering.cut_off_mark(by_hand)}\n" in result.stdout
-    assert "vista+mvp_reasoning: " in result.stdout
+    strategy = MvpReasoning(k=1, caption_tokens=4, path_tokens=3)
+    by_hand = strategy.answer(model, processor, picture, "Is there a cat?", 3)
+    assert f"\n{short}: {by_hand.text}{answering.cut_off_mark(by_hand)}\n" in result.stdout
+    assert f"\nvista+{short}: " in result.stdout
     seconds = iter(range(0, 1000, 5))
     monkeypatch.setattr(answering, "clock", lambda: next(seconds))
     assert call(*arguments, "--max-seconds", "7.5").stdout.endswith(" [cut off: 7.5 s]\n")

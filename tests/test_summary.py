@@ -216,3 +216,22 @@ def test_scores_fall_into_better_worse_moved_and_level() -> None:
     assert (found.better, found.worse, found.moved, found.level) == (("recall",), ("chair_i",), ("length",), ("f1",))
     assert lower_is_better("caption_chair_i")
     assert not lower_is_better("caption_recall")
+
+
+def test_a_lower_auroc_is_not_held_against_a_method_that_rules_answers_out() -> None:
+    """Ruled-out answers tie at the end of the scale; a higher AUROC, and calibrated accuracy, count all the same."""
+
+    def scores(auroc: float, accuracy: float = 0.9) -> dict[str, Score]:
+        values = {"accuracy": accuracy, "yes_rate": 0.5, "auroc": auroc, "calibrated_accuracy": 0.9}
+        return {name: Score(value, 0.0, 1.0, 100) for name, value in values.items()}
+
+    only_auroc = {"accuracy": 1.0, "yes_rate": 1.0, "auroc": 0.001, "calibrated_accuracy": 1.0}
+    base = scores(0.95)
+    assert change(scores(0.90), base, only_auroc).kind == "separation worse"
+    assert change(scores(0.90), base, only_auroc, ruled_out=0.3).kind == NO_DIFFERENCE
+    assert change(scores(0.99), base, only_auroc, ruled_out=0.3).kind == "separation better"
+    shifted = only_auroc | {"accuracy": 0.001}
+    assert change(scores(0.90, accuracy=0.95), base, shifted, ruled_out=0.3).kind == "threshold shift"
+    calibrated = only_auroc | {"calibrated_accuracy": 0.001}
+    worse = scores(0.90) | {"calibrated_accuracy": Score(0.8, 0.0, 1.0, 100)}
+    assert change(worse, base, calibrated, ruled_out=0.3).kind == "separation worse"

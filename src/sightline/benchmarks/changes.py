@@ -21,6 +21,9 @@ NO_DIFFERENCE = "no difference shown"
 WITHOUT_DIRECTION = frozenset({"yes_rate", "length"})
 """Scores of which neither more nor less is better."""
 _WHATEVER_THE_THRESHOLD = ("auroc", "calibrated_accuracy")
+FEW_RULED_OUT = 0.01
+"""Where a method rules out yes or no on more questions than this, their margins tie at the end of the scale, and AUROC
+falls by the ties alone."""
 
 
 def lower_is_better(name: str) -> bool:
@@ -45,8 +48,12 @@ class Change:
     level: tuple[str, ...]
 
 
-def change(scores: Mapping[str, Score], base: Mapping[str, Score], p_values: Mapping[str, float]) -> Change:
+def change(
+    scores: Mapping[str, Score], base: Mapping[str, Score], p_values: Mapping[str, float], ruled_out: float = 0.0
+) -> Change:
     """What changed, by the adjusted p-values of the scores that were compared.
+
+    A lower AUROC does not count where yes or no was ruled out on more than a few questions (`ruled_out`: their share).
 
     - With margins of yes and no: "separation better" or "separation worse" where AUROC or else calibrated accuracy
       differs ("separation changed" where they contradict each other), "threshold shift" where only scores differ that
@@ -57,7 +64,8 @@ def change(scores: Mapping[str, Score], base: Mapping[str, Score], p_values: Map
     found: dict[str, list[str]] = {"better": [], "worse": [], "moved": [], "level": []}
     for name, p in p_values.items():
         gain = (scores[name].value - base[name].value) * (-1 if lower_is_better(name) else 1)
-        if p >= SHOWN:
+        tied = name == "auroc" and gain < 0 and ruled_out > FEW_RULED_OUT
+        if p >= SHOWN or tied:
             found["level"].append(name)
         elif name in WITHOUT_DIRECTION:
             found["moved"].append(name)

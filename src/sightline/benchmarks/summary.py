@@ -181,11 +181,13 @@ def _summary(
 
     readable = mean("readable")
     margins = [row["yes_logit_margin"] for row in rows if row.get("yes_logit_margin") is not None]
+    ruled_out = sum(abs(margin) >= FARTHEST for margin in margins) / len(margins) if margins else None
     changed = None
     if p_values is not None:
         # A score that only one of the two has on all of its answers cannot be put side by side.
         base, own = scores[BASELINE], scores[method]
-        changed = change(own, base, {name: p for name, p in p_values.items() if name in own and name in base})
+        shared = {name: p for name, p in p_values.items() if name in own and name in base}
+        changed = change(own, base, shared, ruled_out or 0.0)
     return MethodSummary(
         method,
         len(rows),
@@ -199,5 +201,5 @@ def _summary(
         None if cost is None else Cost(**cost),
         p_values or {},
         changed,
-        sum(abs(margin) >= FARTHEST for margin in margins) / len(margins) if margins else None,
+        ruled_out,
     )

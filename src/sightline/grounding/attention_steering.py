@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -165,7 +166,7 @@ class LogitBoost(Method):
             size = logits.abs()
             if layer in boost.heads:
                 size *= _more_rows(boost.heads[layer], len(logits))
-            return attending.with_last(attending.masked(torch.addcmul(logits, size, factors)))
+            return attending.with_last(attending.masked(logits.addcmul(size, factors)))
 
         return change
 
@@ -243,6 +244,9 @@ class GuidedBoost(LogitBoost, ContrastiveDecoding):
             raise unknown(f"boost_prefill of {self.paper}", str(self.boost_prefill), ("auto", "always", "never"))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))  # a list cannot be hashed
+            for layer in self.layers:
+                if not isinstance(layer, Integral) or isinstance(layer, bool):
+                    raise InputError(f"layers of {self.paper} must be whole numbers, not {layer!r}")
 
     @property
     def boosted(self) -> bool:

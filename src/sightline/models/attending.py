@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -69,20 +68,19 @@ class Attending:
         rows, heads, length, width = query.shape
         groups, keys = self.key.shape[1:3]
         # On three dimensions, as the products of four cost twice as much where they are small.
-        grouped = query.reshape(rows * groups, heads // groups * length, width)
-        key = self.key.reshape(rows * groups, keys, width).transpose(1, 2)
-        logits = torch.baddbmm(query.new_empty(1, 1, 1), grouped, key, beta=0, alpha=self.scaling)
-        logits = logits.view(rows, heads, length, keys)
+        grouped = (query * self.scaling).reshape(rows * groups, heads // groups * length, width)
+        key = self.key.reshape(rows * groups, keys, width)
+        logits = torch.bmm(grouped, key.mT).view(rows, heads, length, keys)
         softcap = self.options.get("softcap")
         return logits if softcap is None else (logits / softcap).tanh() * softcap
 
     def masked(self, logits: Tensor) -> Tensor:
         """Logits [R, H, n, k] of the last n queries, with the lowest number where a key is hidden."""
         length, keys = logits.shape[2:]
+        if self.mask is None and length == 1:
+            return logits
         lowest = torch.finfo(logits.dtype).min
         if self.mask is None:
-            if length == 1:
-                return logits
             causal = torch.ones(length, keys, dtype=torch.bool, device=logits.device).tril(keys - length)
             return logits.masked_fill(~causal, lowest)
         mask = self.mask[:, :, -length:, :keys]
@@ -97,13 +95,13 @@ class Attending:
         """Weights [R, H, q, k] over the values -> head outputs [R, q, H, d]."""
         rows, heads, length, keys = weights.shape
         groups, width = self.value.shape[1], self.value.shape[-1]
-        grouped = weights.to(self.value.dtype).reshape(rows * groups, heads // groups * length, keys)
+        grouped = weights.reshape(rows * groups, heads // groups * length, keys).to(self.value.dtype)
         outputs = torch.bmm(grouped, self.value.reshape(rows * groups, keys, width))
         return outputs.view(rows, heads, length, width).transpose(1, 2)
 
     def with_last(self, logits: Tensor) -> Attended:
         """As it would be without this change, but with other logits [R, H, n, k] for the last n queries."""
-        weights = F.softmax(logits, dim=-1, dtype=torch.float32)
+        weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
         last, length = self.outputs(weights), logits.shape[2]
         if length == self.query.shape[2]:
             return last, weights.to(logits.dtype) if self.shows_weights else None
@@ -145,7 +143,7 @@ class AttentionSwitch:
 
 def replace_attention(module: nn.Module, change: Callable[[Attending], Attended]) -> Callable[[], None]:
     """Has the attention of one module computed by `change`, which finds in `stock` what replaced it before; gives back
-    the undoing."""
+    the undoing. What was replaced last has to be undone first."""
     before = _CHANGES.get(module)
     _CHANGES[module] = change if before is None else lambda attending: change(replace(attending, before=before))
 

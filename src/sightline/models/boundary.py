@@ -232,6 +232,8 @@ class Boundary:
         call = self._call
         if call is None:
             return None
+        if self._attention is not None:
+            self._attention.check()
         changed = dict(kwargs)
         if call.reading_prompt:
             self._read_prompt(call, changed)
@@ -250,8 +252,6 @@ class Boundary:
         main = View(embeds, positions, call.visual, real, deepstack)
         mask = kwargs.get("attention_mask")
 
-        if self._attention is not None:
-            self._attention.check()
         call.prompt = (main, mask)
         asked: dict[Hashable, Stream] = {}
         for stream in (stream for method in self.methods for stream in method.streams(call)):
