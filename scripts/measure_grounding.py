@@ -5,12 +5,13 @@
 1. On the first model and validation scenes every method's main strength is swept. For yes/no questions the value is
    chosen that has the highest accuracy, mean of `random` and `adversarial`; for captions the one with the highest F1,
    mean of scenes with and against the co-occurrence.
-2. On every model and test scenes the published setting and the chosen one are run, each benchmark with the scenes that
-   agree with the prior and those against it.
+2. On test scenes the published setting and the chosen one are run, each benchmark with the scenes that agree with the
+   prior and those against it; on the other models with fewer questions and without the methods of `UNSWEPT`.
+3. `--only costs`: times and memory of the published settings on the first model, on one thread of this machine.
 
 Every step is a `sightline bench` run under `--out`, so that a killed measurement goes on where it was. The results go
 to `docs/results`, where `scripts/write_docs.py` reads them: `<benchmark>.jsonl` of the first model,
-`seeds/<model>_<benchmark>.jsonl` of the others, `chosen.json` the chosen settings.
+`seeds/<model>_<benchmark>.jsonl` of the others, `chosen.json` the chosen settings, `costs.jsonl`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Bed:
     items: int
     validation_items: int
     score: str
+    seed_items: int = 500
 
     @property
     def captions(self) -> bool:
@@ -76,8 +78,8 @@ class Bed:
 
 
 BEDS = (
-    Bed("pope_random", "pope", "random", (), 1500, 600, "accuracy"),
-    Bed("pope_adversarial", "pope", "adversarial", (), 1500, 600, "accuracy"),
+    Bed("pope_random", "pope", "random", (), 1500, 600, "accuracy", 600),
+    Bed("pope_adversarial", "pope", "adversarial", (), 1500, 600, "accuracy", 600),
     Bed("chair_natural", "chair", "test", (), 500, 200, "f1"),
     Bed("chair_against", "chair", "test", (("against", True),), 500, 200, "f1"),
 )
@@ -90,10 +92,12 @@ class Job:
     model: str
     bed: Bed
     validation: bool
+    items: int
     entries: tuple[str, ...]
     out: Path
     device: str
     batch_size: int
+    cost_items: int = 0
 
 
 def work(job: Job) -> list[dict[str, Any]]:
@@ -111,10 +115,10 @@ def work(job: Job) -> list[dict[str, Any]]:
         list(job.entries),
         job.out,
         split=bed.split,
-        items=bed.validation_items if job.validation else bed.items,
+        items=job.items,
         options=dict(bed.options) | ({"scenes": "validation"} if job.validation else {}),
         batch_size=job.batch_size,
-        cost_items=0,
+        cost_items=job.cost_items,
         quiet=True,
         device=job.device,
     )
@@ -149,62 +153,58 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the items")
+    parser.add_argument("--only", choices=("quality", "costs"), default="quality")
     given = parser.parse_args()
-    beds = [
-        Bed(
-            b.name,
-            b.benchmark,
-            b.split,
-            b.options,
-            max(6, int(b.items * given.scale)),
-            max(6, int(b.validation_items * given.scale)),
-            b.score,
-        )
-        for b in BEDS
-    ]
+    given.results.mkdir(parents=True, exist_ok=True)
+    if given.only == "costs":
+        out = given.out / "costs"
+        entries = (*SWEPT, *UNSWEPT, *FIRST_ONLY)
+        job = Job(given.models[0], BEDS[1], False, 24, entries, out, given.device, given.batch_size, cost_items=8)
+        write(given.results / "costs.jsonl", work(job))
+        return
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        chosen = tune(pool, given, beds)
-        test(pool, given, beds, chosen)
+        test(pool, given, tune(pool, given))
 
 
-def tune(pool: ProcessPoolExecutor, given: argparse.Namespace, beds: Sequence[Bed]) -> dict[bool, dict[str, str]]:
+def tune(pool: ProcessPoolExecutor, given: argparse.Namespace) -> dict[bool, dict[str, str]]:
     """The chosen entries for yes/no questions (False) and captions (True)."""
     from sightline.benchmarks.sweep import expand
 
     parts = [SWEPT[start : start + 3] for start in range(0, len(SWEPT), 3)]
     jobs = []
-    for bed in beds:
+    for bed in BEDS:
         for number, part in enumerate(parts):
             entries = tuple(entry for method in part for entry in expand(method))
             out = given.out / "validation" / f"{bed.name}-{number}"
-            jobs.append(Job(given.models[0], bed, True, entries, out, given.device, given.batch_size))
+            jobs.append(
+                Job(given.models[0], bed, True, bed.validation_items, entries, out, given.device, given.batch_size)
+            )
     lines: dict[str, list[dict[str, Any]]] = {}
     for job, found in zip(jobs, pool.map(work, jobs), strict=True):
         lines.setdefault(job.bed.name, []).extend(found)
     chosen = {captions: choose(lines, captions) for captions in (False, True)}
-    given.results.mkdir(parents=True, exist_ok=True)
-    write(given.results / "validation.jsonl", [line for found in lines.values() for line in unique(found)])
+    swept = [{"bed": bed, **line} for bed, found in lines.items() for line in unique(found)]
+    write(given.results / "validation.jsonl", swept)
     text = json.dumps({"yes/no": chosen[False], "captions": chosen[True]}, indent=1)
     (given.results / "chosen.json").write_text(text + "\n")
     return chosen
 
 
-def test(
-    pool: ProcessPoolExecutor, given: argparse.Namespace, beds: Sequence[Bed], chosen: dict[bool, dict[str, str]]
-) -> None:
-    """Runs the published and the chosen settings of every method on test scenes."""
+def test(pool: ProcessPoolExecutor, given: argparse.Namespace, chosen: dict[bool, dict[str, str]]) -> None:
+    """Runs the published and the chosen settings on test scenes."""
     jobs = []
     for model in given.models:
-        for bed in beds:
-            entries = [*SWEPT, *UNSWEPT, *chosen[bed.captions].values()]
-            if bed.captions:
-                entries.remove(UNSWEPT[-1])  # answers closed questions only
-                entries.remove(UNSWEPT[-2])  # a description before the description
-            if model == given.models[0]:
-                entries += FIRST_ONLY
+        first = model == given.models[0]
+        for bed in BEDS:
+            entries = [*SWEPT, *chosen[bed.captions].values()]
+            if first:
+                entries += [*FIRST_ONLY, UNSWEPT[0]]
+            if first and not bed.captions:  # VDGD would describe before describing; MVP answers closed questions only
+                entries += UNSWEPT[1:]
             out = given.out / named(model) / bed.name
-            jobs.append(Job(model, bed, False, tuple(dict.fromkeys(entries)), out, given.device, given.batch_size))
+            items = bed.items if first else bed.seed_items
+            whole = tuple(dict.fromkeys(entries))
+            jobs.append(Job(model, bed, False, items, whole, out, given.device, given.batch_size))
     jobs.sort(key=lambda job: job.model != given.models[0])
     for job, lines in zip(jobs, pool.map(work, jobs), strict=True):
         folder = given.results if job.model == given.models[0] else given.results / "seeds"

@@ -2,10 +2,12 @@
 
 - `docs/methods/<slug>.md`: the paper, the method's own documentation, its parameters, where it works (from
   `docs/capabilities.md`), and what was measured;
+- `docs/grounding.md`: the ledger of the grounding methods, with several seeds of a smaller model;
 - the table of methods and the built-in model's skills, between the markers in `README.md`.
 
-Results are the JSON lines that `sightline bench ... --json` printed, in `docs/results/*.jsonl`. `--check` writes
-nothing and exits with 1 where a file is stale.
+Results are the JSON lines that `sightline bench ... --json` printed, in `docs/results/*.jsonl`: the four beds of
+`scripts/measure_grounding.py`, `costs.jsonl` for the times, `skills.jsonl`. `--check` writes nothing and exits with 1
+where a file is stale.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sightline.methods import Method, methods
-from sightline.papers import paper
+from sightline.papers import paper, peers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -50,46 +52,79 @@ def with_interval(line: dict[str, Any]) -> str:
     return f"{percent(value)} [{percent(low)}, {percent(high)}]"
 
 
-def verdict(line: dict[str, Any], none: dict[str, Any], higher_is_better: bool = True) -> str:
-    """Better, worse, or no difference shown, by the paired test."""
-    if line["p_value"] is None:
-        return ""
-    if line["p_value"] >= 0.05:
-        return "no difference shown"
-    better = (line["scores"][line["headline"]] > none["scores"][none["headline"]]) == higher_is_better
-    return "better" if better else "worse"
+BEDS = ("pope_random", "pope_adversarial", "chair_natural", "chair_against")
+"""Yes/no questions and captions, each with scenes that agree with the prior and against it."""
+
+
+def measured_times() -> dict[str, dict[str, Any]]:
+    """Method -> its line in `costs.jsonl`."""
+    return {line["method"]: line for line in results("costs")}
+
+
+def shown(spec: str) -> str:
+    """A short form without its prompts, which would fill a table."""
+    name, _, arguments = spec.partition(":")
+    kept = [argument for argument in arguments.split(",") if argument and " " not in argument.partition("=")[2]]
+    kept = [argument for argument in kept if name != "mvp_reasoning"]
+    return f"{name}:{','.join(kept)}" if kept else name
 
 
 def name_of(line: dict[str, Any]) -> str:
     return line["method"].split(":")[0].split("+")[0]
 
 
-def link(spec: str) -> str:
+def link(spec: str, folder: str = "docs/methods") -> str:
     slug = spec.split(":")[0]
-    return f"[`{spec}`](docs/methods/{slug}.md)" if slug in methods() and "+" not in spec else f"`{spec}`"
+    known = slug in methods() and "+" not in spec
+    return f"[`{shown(spec)}`]({folder}/{slug}.md)" if known else f"`{shown(spec)}`"
 
 
 def methods_table() -> str:
-    pope, chair = results("pope_adversarial"), results("chair_against")
+    pope = results("pope_adversarial")
     if not pope:
         return "Not measured yet.\n"
-    captions = {line["method"]: line for line in chair}
+    captions = {line["method"]: line for line in results("chair_against")}
+    costs = measured_times()
     rows = [
-        "| method | stretch | POPE adversarial, accuracy % | against none | captions: CHAIR_i / recall % "
-        "| visual tokens | first token | per token |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | yes/no against the prior, accuracy % | what changed | captions against it: CHAIR_i / recall % "
+        "| what changed | visual tokens | first token | per token | answer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in pope:
-        known = name_of(line) in methods()
-        stretch = paper(name_of(line)).stretch if known else ""
+        if line["method"] in chosen_only():
+            continue
         caption = captions.get(line["method"])
-        said = "" if caption is None else caption_scores(caption)
+        said, changed = ("", "") if caption is None else (caption_scores(caption), kind(caption))
+        ratio = costs.get(line["method"], {}).get("ratio", {})
+        whole = costs.get(line["method"], {}).get("costs", {}).get("ratio", {})
         rows.append(
-            f"| {link(line['method'])} | {stretch} | {with_interval(line)} | {verdict(line, pope[0])} | {said} "
-            f"| {tokens(line['visual_tokens'])} | {times(line['ratio']['time_to_first_token'])} "
-            f"| {times(line['ratio']['time_per_token'])} |"
+            f"| {link(line['method'])}{peer(line['method'])} "
+            f"| {with_interval(line)} | {kind(line)} | {said} | {changed} "
+            f"| {tokens(line['visual_tokens'])} | {times(ratio.get('time_to_first_token'))} "
+            f"| {times(ratio.get('time_per_token'))} | {times(whole.get('time_per_answer'))} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def peer(spec: str) -> str:
+    name = spec.split(":")[0]
+    return " (peer)" if name in {one.slug for one in peers()} else ""
+
+
+def kind(line: dict[str, Any]) -> str:
+    """What changed, in words."""
+    return (line.get("change") or {}).get("kind", "")
+
+
+def chosen() -> dict[str, dict[str, str]]:
+    """Kind of question -> method -> the setting that did best on validation scenes."""
+    file = RESULTS / "chosen.json"
+    return json.loads(file.read_text()) if file.exists() else {"yes/no": {}, "captions": {}}
+
+
+def chosen_only() -> set[str]:
+    """Settings that are in the results because they were chosen there, and not because they are published."""
+    return {spec for by_method in chosen().values() for method, spec in by_method.items() if spec != method}
 
 
 def caption_scores(line: dict[str, Any]) -> str:
@@ -126,27 +161,51 @@ def capabilities(slug: str) -> str:
 
 
 def measured(slug: str) -> Iterator[str]:
-    for file in sorted(RESULTS.glob("*.jsonl")):
-        lines = results(file.stem)
+    for name in BEDS:
+        lines = results(name)
         for line in lines:
             if name_of(line) == slug and "+" not in line["method"]:
-                yield from one_result(line, lines[0])
-
-
-def one_result(line: dict[str, Any], none: dict[str, Any]) -> Iterator[str]:
-    higher = not line["headline"].startswith(("chair", "caption_chair"))
-    said = ", ".join(f"{name} {percent(value)}" for name, value in line["scores"].items() if value <= 1)
-    yield f"**{line['benchmark']}, {line['split']}** (`{line['method']}`, {line['n']} items, {line['model']}): {said}."
-    compared = (
-        f"On {line['headline']}: {with_interval(line)} against {with_interval(none)} of the unmodified model, "
-        f"p = {line['p_value']:.3g}: {verdict(line, none, higher)}."
-    )
-    if line["time_per_token"] is not None:
-        compared += (
-            f" Time per token {times(line['ratio']['time_per_token'])}, "
-            f"first token {times(line['ratio']['time_to_first_token'])}."
+                yield from one_result(line, lines[0], name.replace("_", ", "))
+    line = measured_times().get(slug)
+    if line is not None:
+        ratio, whole = line["ratio"], line["costs"]["ratio"]
+        told = {
+            "first token": ratio["time_to_first_token"],
+            "each further token": ratio["time_per_token"],
+            "whole answer": whole["time_per_answer"],
+            "tokens read before the first": whole["prefill_tokens"],
+            "peak memory": ratio["peak_memory"],
+        }
+        yield "**Price** (published setting, batch 1, one CPU thread, × the unmodified model): " + (
+            ", ".join(f"{name} {times(value)}" for name, value in told.items() if value is not None) + ".\n"
         )
-    yield compared + "\n"
+
+
+def one_result(line: dict[str, Any], none: dict[str, Any], bed: str) -> Iterator[str]:
+    said = ", ".join(f"{name} {percent(value)}" for name, value in line["scores"].items() if value <= 1)
+    yield f"**{bed}** (`{shown(line['method'])}`, {line['n']} items, {line['model']}): {said}."
+    yield (
+        f"On {line['headline']}: {with_interval(line)} against {with_interval(none)} of the unmodified model, "
+        f"p = {line['p_value']:.3g}. What changed: {kind(line)}.\n"
+    )
+
+
+def sensitivity(slug: str) -> Iterator[str]:
+    """The main strength at each value that was swept on validation scenes."""
+    lines = [line for line in results("validation") if name_of(line) == slug]
+    if not lines:
+        return
+    columns = (("pope_random", "accuracy"), ("pope_adversarial", "accuracy"), ("chair_natural", "f1"))
+    columns += (("chair_against", "chair_i"), ("chair_against", "recall"))
+    found = {(line["bed"], line["method"]): line["scores"] for line in lines}
+    yield "## How much depends on the strength\n"
+    yield "On validation scenes of picturebook-nano, which the settings were chosen on, %:\n"
+    yield "| setting | yes/no with the prior | against | captions with: F1 | against: CHAIR_i | recall |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for spec in dict.fromkeys(line["method"] for line in lines):
+        cells = [percent(found[bed, spec][score]) if (bed, spec) in found else "" for bed, score in columns]
+        yield f"| `{spec}` | {' | '.join(cells)} |"
+    yield ""
 
 
 def usage(method: type[Method]) -> str:
@@ -174,8 +233,103 @@ def page(slug: str, method: type[Method]) -> str:
         capabilities(slug),
         "## What was measured here\n",
         "\n".join(measured(slug)) or "Nothing yet.\n",
+        *(["\n".join(sensitivity(slug))] if results("validation") else []),
     ]
     return "\n".join(parts)
+
+
+def ledger() -> str:
+    """The page on the grounding methods: what each does to yes/no questions and captions, by seeds."""
+    return "\n".join(
+        [LEDGER_HEAD, *yes_no_rows(), "", CAPTIONS_HEAD, *caption_rows(), "", SEEDS_HEAD, *seed_rows(), ""]
+    )
+
+
+LEDGER_HEAD = """# Grounding methods, measured
+
+Made by `scripts/write_docs.py` from `docs/results`, which `scripts/measure_grounding.py` wrote. The built-in model
+learnt that some objects come with some places; scenes *with* the prior are as it learnt them, in scenes *against* it
+the expected object is missing. Each method is run at its published setting and at the strength that did best on
+validation scenes (yes/no: accuracy, mean of both kinds of scene; captions: F1, the same).
+
+*What changed* is told from paired tests of every score against the unmodified model on the same items, adjusted for the
+number of methods (Holm, 5 %). A **threshold shift** says yes more or less often on the same order of the items; only
+**separation** (AUROC, calibrated accuracy: at the threshold where as many yes are said as are true) tells yes from no
+better. Where a plausibility mask rules out yes or no (*masked*), margins tie, and a lower AUROC is not counted.
+
+## Yes/no questions (POPE on the picture world)
+
+(cal.: calibrated accuracy)
+
+| method | with: accuracy | yes | AUROC | cal. | what changed | against: accuracy | yes | AUROC | cal. | what changed |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+CAPTIONS_HEAD = """## Captions (CHAIR on the picture world)
+
+| method | with: CHAIR_i | CHAIR_s | recall | what changed | against: CHAIR_i | CHAIR_s | recall | what changed |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+SEEDS_HEAD = """## The same on three seeds of a smaller model
+
+`sightline train nano --size pico --seed 1` to 3 (0.6 million parameters), each with a soft image of its own.
+Differences to the unmodified model in points, picturebook-nano first and then the seeds: a sign that changes from seed
+to seed is no effect of the method. In bold: shown by the paired test.
+
+| method | yes/no against: accuracy | AUROC | captions against: CHAIR_i | recall | captions with: CHAIR_i | recall |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def by_method(name: str) -> dict[str, dict[str, Any]]:
+    return {line["method"]: line for line in results(name)}
+
+
+def yes_no_rows() -> Iterator[str]:
+    beds = [by_method(name) for name in BEDS[:2]]
+    for spec in beds[1]:
+        if all(spec in bed for bed in beds):
+            cells = [yes_no_cells(bed[spec]) for bed in beds]
+            yield f"| {link(spec, 'methods')}{peer(spec)} | {' | '.join(cells)} |"
+
+
+def yes_no_cells(line: dict[str, Any]) -> str:
+    names = ("accuracy", "yes_rate", "auroc", "calibrated_accuracy")
+    values = [percent(line["scores"][name]) if name in line["scores"] else "" for name in names]
+    return " | ".join([*values, kind(line)])
+
+
+def caption_rows() -> Iterator[str]:
+    beds = [by_method(name) for name in BEDS[2:]]
+    for spec in beds[1]:
+        if all(spec in bed for bed in beds):
+            cells = []
+            for bed in beds:
+                values = [percent(bed[spec]["scores"][name]) for name in ("chair_i", "chair_s", "recall")]
+                cells.append(" | ".join([*values, kind(bed[spec])]))
+            yield f"| {link(spec, 'methods')}{peer(spec)} | {' | '.join(cells)} |"
+
+
+def seed_rows() -> Iterator[str]:
+    seeds = sorted({file.stem.split("_")[0] for file in (RESULTS / "seeds").glob("*.jsonl")})
+    columns = (
+        ("pope_adversarial", "accuracy"),
+        ("pope_adversarial", "auroc"),
+        ("chair_against", "chair_i"),
+        ("chair_against", "recall"),
+        ("chair_natural", "chair_i"),
+        ("chair_natural", "recall"),
+    )
+    beds = {bed: [by_method(bed), *(by_method(f"seeds/{seed}_{bed}") for seed in seeds)] for bed, _ in columns}
+    specs = dict.fromkeys(spec for models in beds.values() for spec in models[0] if spec != "none" and "+" not in spec)
+    for spec in specs:
+        cells = [" ".join(difference(model, spec, score) for model in beds[bed]) for bed, score in columns]
+        if any(spec in model for models in beds.values() for model in models[1:]):
+            yield f"| {link(spec, 'methods')}{peer(spec)} | {' | '.join(cells)} |"
+
+
+def difference(model: dict[str, dict[str, Any]], spec: str, score: str) -> str:
+    """In points, against the unmodified model on the same bed; a dot where it was not measured."""
+    if spec not in model or score not in model[spec]["scores"] or score not in model["none"]["scores"]:
+        return "·"
+    points = 100 * (model[spec]["scores"][score] - model["none"]["scores"][score])
+    return f"**{points:+.1f}**" if model[spec]["p_values"].get(score, 1.0) < 0.05 else f"{points:+.1f}"
 
 
 def between(text: str, marker: str, content: str) -> str:
@@ -192,7 +346,7 @@ def files() -> dict[Path, str]:
     text = between(readme.read_text(), "methods", methods_table())
     text = between(text, "skills", skills_table())
     pages = {ROOT / "docs" / "methods" / f"{slug}.md": page(slug, method) for slug, method in methods().items()}
-    return {readme: text, **pages}
+    return {readme: text, ROOT / "docs" / "grounding.md": ledger(), **pages}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from specimens import (
     Mirror,
     Nothing,
     anatomy_of,
+    composing,
     forward_logits,
     generate,
     logits,
@@ -292,7 +293,7 @@ def test_the_decoder_may_be_called_by_itself_inside_the_context() -> None:
     embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         stock = anatomy.language_model(inputs_embeds=embeds).last_hidden_state
-        with sl.attach(model, *map(specimen, NAMES)):
+        with sl.attach(model, *composing(NAMES)):
             want = logits(generate(model, batch))
             assert torch.equal(anatomy.language_model(inputs_embeds=embeds).last_hidden_state, stock)
             forward_logits(model, batch)

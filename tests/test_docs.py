@@ -36,23 +36,31 @@ def test_a_result_becomes_a_row(write_docs: ModuleType, tmp_path: Path, monkeypa
     monkeypatch.setattr(write_docs, "RESULTS", tmp_path)
     assert write_docs.methods_table() == "Not measured yet.\n"
 
-    def line(method: str, accuracy: float, p: float | None, tokens: float) -> str:
+    def line(method: str, accuracy: float, change: str, tokens: float) -> str:
         return json.dumps(
             {
                 "method": method,
                 "headline": "accuracy",
                 "scores": {"accuracy": accuracy},
                 "interval": [accuracy - 0.02, accuracy + 0.02],
-                "p_value": p,
+                "change": {"kind": change} if change else None,
                 "visual_tokens": tokens,
                 "ratio": {"time_to_first_token": 0.5, "time_per_token": 1.25},
+                "costs": {"ratio": {"time_per_answer": 0.75}},
             }
         )
 
-    lines = [line("none", 0.8, None, 100), line("fastervlm:keep=0.25", 0.75, 0.01, 25), line("vhr", 0.81, 0.4, 100)]
+    lines = [
+        line("none", 0.8, "", 100),
+        line("fastervlm:keep=0.25", 0.75, "separation worse", 25),
+        line("pai", 0.81, "no difference shown", 100),
+        line("pai:alpha=0.1", 0.81, "no difference shown", 100),
+    ]
     (tmp_path / "pope_adversarial.jsonl").write_text("\n".join(lines) + "\n")
-    _, _, none, faster, vhr = write_docs.methods_table().splitlines()
-    assert none.startswith("| `none` |  | 80.0 [78.0, 82.0] |  |")
-    assert "| [`fastervlm:keep=0.25`](docs/methods/fastervlm.md) | reduction | 75.0 [73.0, 77.0] | worse |" in faster
-    assert "| 25 | ×0.50 | ×1.25 |" in faster
-    assert "| no difference shown |" in vhr
+    (tmp_path / "costs.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "chosen.json").write_text(json.dumps({"yes/no": {"pai": "pai:alpha=0.1"}, "captions": {}}))
+    _, _, none, faster, pai = write_docs.methods_table().splitlines()
+    assert none.startswith("| `none` | 80.0 [78.0, 82.0] |  |")
+    assert "| [`fastervlm:keep=0.25`](docs/methods/fastervlm.md) | 75.0 [73.0, 77.0] | separation worse |" in faster
+    assert faster.endswith("| 25 | ×0.50 | ×1.25 | ×0.75 |")
+    assert "(peer) | 81.0 [79.0, 83.0] | no difference shown |" in pai
