@@ -1,12 +1,13 @@
 """A Llama decoder written out token by token and head by head, for one row without padding, and without a cache.
 
-The reference of the tests of methods that act inside the decoder: it calls none of the model's modules, and only reads
-their weights.
+`SlowDecoder` is the reference of the tests of methods that act inside the decoder: it calls none of the model's modules,
+and only reads their weights. `slow_answer` is that of methods that combine the logits of two views.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,3 +83,24 @@ class SlowDecoder:
     def bare_logits(self, x: Tensor) -> Tensor:
         """The head alone, without the final norm."""
         return x @ self.model.lm_head.weight.T
+
+
+Combine = Callable[[list[float], list[float]], list[float]]
+
+
+def slow_answer(
+    model: Any, batch: dict[str, Any], other: Tensor, combine: Combine, tokens: int
+) -> tuple[Tensor, list[list[list[float]]]]:
+    """Greedy decoding from two views of a prompt, the second with the pixels `other`: the stock model reads both anew
+    for every token, and `combine` makes one row's logits of the two. With each step's logits."""
+    mask = batch["attention_mask"]
+    ids, steps = batch["input_ids"], []
+    for _ in range(tokens):
+        new = torch.ones_like(ids[:, mask.shape[1] :])
+        seen = {**batch, "input_ids": ids, "attention_mask": torch.cat([mask, new], dim=1)}
+        own = model(**seen, use_cache=False).logits[:, -1].tolist()
+        branch = model(**{**seen, "pixel_values": other}, use_cache=False).logits[:, -1].tolist()
+        steps.append([combine(one, two) for one, two in zip(own, branch, strict=True)])
+        best = [[max(range(len(row)), key=row.__getitem__)] for row in steps[-1]]
+        ids = torch.cat([ids, torch.tensor(best)], dim=1)
+    return ids[:, mask.shape[1] :], steps

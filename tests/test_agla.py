@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import families as tiny
 import pytest
 import torch
+from slow_decoder import slow_answer
 from torch import Tensor
 
 import sightline as sl
@@ -249,24 +251,6 @@ def blacked(batch: dict[str, Any], keep: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.where(mask, p, black) for p, mask in zip(batch["pixel_values"], keep, strict=True)])
 
 
-def slow_answer(
-    model: Any, batch: dict[str, Any], other: Tensor, method: Agla, tokens: int
-) -> tuple[Tensor, list[list[list[float]]]]:
-    """Greedy decoding in which the stock model reads both prompts anew for every token; with each step's logits."""
-    mask = batch["attention_mask"]
-    ids, steps = batch["input_ids"], []
-    for _ in range(tokens):
-        new = torch.ones_like(ids[:, mask.shape[1] :])
-        seen = {**batch, "input_ids": ids, "attention_mask": torch.cat([mask, new], dim=1)}
-        own = model(**seen, use_cache=False).logits[:, -1].tolist()
-        branch = model(**{**seen, "pixel_values": other}, use_cache=False).logits[:, -1].tolist()
-        both = zip(own, branch, strict=True)
-        steps.append([slow_combine(one, two, method.alpha, method.beta) for one, two in both])
-        best = [[max(range(len(row)), key=row.__getitem__)] for row in steps[-1]]
-        ids = torch.cat([ids, torch.tensor(best)], dim=1)
-    return ids[:, mask.shape[1] :], steps
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_an_answer_is_that_of_two_models_one_of_which_sees_the_pictures_blacked_out(use_cache: bool) -> None:
@@ -282,7 +266,7 @@ def test_an_answer_is_that_of_two_models_one_of_which_sees_the_pictures_blacked_
     assert not keep[2][9:].any()
     assert keep[3].all()
     other = blacked(batch, keep)
-    expected, scores = slow_answer(model, batch, other, method, 4)
+    expected, scores = slow_answer(model, batch, other, partial(slow_combine, alpha=method.alpha, beta=method.beta), 4)
     with attach(model, method):
         output = model.generate(
             **batch,
@@ -296,7 +280,9 @@ def test_an_answer_is_that_of_two_models_one_of_which_sees_the_pictures_blacked_
     torch.testing.assert_close(torch.stack(output.logits), torch.tensor(scores), atol=2e-4, rtol=0)
     assert method.asked == [4]  # the maps are made once, also where the prompt is read anew for every token
     # A branch that took over the main one's cache would be the same as the main one from the second token on.
-    shared = slow_answer(model, batch, batch["pixel_values"], method, 4)[1]
+    shared = slow_answer(
+        model, batch, batch["pixel_values"], partial(slow_combine, alpha=method.alpha, beta=method.beta), 4
+    )[1]
     assert (torch.tensor(shared)[1:] - torch.tensor(scores)[1:]).abs().nan_to_num(0).max() > 1e-2
 
 

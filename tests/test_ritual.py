@@ -7,11 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import families as tiny
 import pytest
 import torch
+from slow_decoder import slow_answer
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -118,24 +120,6 @@ def test_without_weight_it_is_the_stock_model() -> None:
 # --- Two branches in one forward ---
 
 
-def slow_answer(
-    model: Any, batch: dict[str, Any], other: Tensor, method: Ritual, tokens: int
-) -> tuple[Tensor, list[list[list[float]]]]:
-    """Greedy decoding in which the stock model reads both prompts anew for every token; with each step's logits."""
-    mask = batch["attention_mask"]
-    ids, steps = batch["input_ids"], []
-    for _ in range(tokens):
-        new = torch.ones_like(ids[:, mask.shape[1] :])
-        seen = {**batch, "input_ids": ids, "attention_mask": torch.cat([mask, new], dim=1)}
-        logits = model(**seen, use_cache=False).logits[:, -1].tolist()
-        view = model(**{**seen, "pixel_values": other}, use_cache=False).logits[:, -1].tolist()
-        both = zip(logits, view, strict=True)
-        steps.append([slow_combine(one, two, method.alpha, method.beta) for one, two in both])
-        best = [[max(range(len(row)), key=row.__getitem__)] for row in steps[-1]]
-        ids = torch.cat([ids, torch.tensor(best)], dim=1)
-    return ids[:, mask.shape[1] :], steps
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "gemma3"])
 @pytest.mark.parametrize(("transform", "axis"), [("horizontal_flip", -1), ("vertical_flip", -2)])
@@ -144,7 +128,9 @@ def test_an_answer_is_that_of_two_models_that_read_everything_anew(family: str, 
     model = tiny.tiny_model(family)
     batch = tiny.inputs(family, model, images_per_row=[1, 2, 1])
     method = Ritual(alpha=1.5, beta=0.05, transform=transform)
-    expected, scores = slow_answer(model, batch, batch["pixel_values"].flip(axis), method, 4)
+    expected, scores = slow_answer(
+        model, batch, batch["pixel_values"].flip(axis), partial(slow_combine, alpha=method.alpha, beta=method.beta), 4
+    )
     with attach(model, method):
         output = model.generate(
             **batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True

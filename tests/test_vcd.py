@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import families as tiny
 import pytest
 import torch
+from slow_decoder import slow_answer
 from torch import Tensor
 
 from sightline.errors import InputError
@@ -126,24 +128,6 @@ def test_a_view_that_says_nothing_sharpens_the_plausible_tokens() -> None:
     torch.testing.assert_close(combined, expected / expected.sum(dim=-1, keepdim=True))
 
 
-def slow_answer(
-    model: Any, batch: dict[str, Any], other: Tensor, method: Vcd, tokens: int
-) -> tuple[Tensor, list[list[list[float]]]]:
-    """Greedy decoding in which the stock model reads both prompts anew for every token; with each step's logits."""
-    mask = batch["attention_mask"]
-    ids, steps = batch["input_ids"], []
-    for _ in range(tokens):
-        new = torch.ones_like(ids[:, mask.shape[1] :])
-        seen = {**batch, "input_ids": ids, "attention_mask": torch.cat([mask, new], dim=1)}
-        logits = model(**seen, use_cache=False).logits[:, -1].tolist()
-        view = model(**{**seen, "pixel_values": other}, use_cache=False).logits[:, -1].tolist()
-        both = zip(logits, view, strict=True)
-        steps.append([slow_combine(one, two, method.alpha, method.beta) for one, two in both])
-        best = [[max(range(len(row)), key=row.__getitem__)] for row in steps[-1]]
-        ids = torch.cat([ids, torch.tensor(best)], dim=1)
-    return ids[:, mask.shape[1] :], steps
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_an_answer_is_that_of_two_models_that_read_everything_anew(family: str) -> None:
@@ -156,7 +140,7 @@ def test_an_answer_is_that_of_two_models_that_read_everything_anew(family: str) 
         )
     noised = torch.stack([view for _, view in method.seen])
     assert noised.shape == batch["pixel_values"].shape  # drawn once, not once a step
-    expected, scores = slow_answer(model, batch, noised, method, 4)
+    expected, scores = slow_answer(model, batch, noised, partial(slow_combine, alpha=method.alpha, beta=method.beta), 4)
     assert output.sequences[:, -4:].tolist() == expected.tolist()
     torch.testing.assert_close(torch.stack(output.logits), torch.tensor(scores), atol=3e-4, rtol=0)
     assert model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist() != expected.tolist()
