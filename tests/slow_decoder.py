@@ -1,7 +1,7 @@
 """A Llama decoder written out token by token and head by head, for one row without padding, and without a cache.
 
-`SlowDecoder` is the reference of the tests of methods that act inside the decoder: it calls none of the model's modules,
-and only reads their weights. `slow_answer` is that of methods that combine the logits of two views.
+`SlowDecoder` is the reference of the tests of methods that act inside the decoder: it calls none of the model's
+modules, and only reads their weights. `slow_answer` is that of methods that combine the logits of two views.
 """
 
 from __future__ import annotations
