@@ -240,9 +240,8 @@ def page(slug: str, method: type[Method]) -> str:
 
 def ledger() -> str:
     """The page on the grounding methods: what each does to yes/no questions and captions, by seeds."""
-    return "\n".join(
-        [LEDGER_HEAD, *yes_no_rows(), "", CAPTIONS_HEAD, *caption_rows(), "", SEEDS_HEAD, *seed_rows(), ""]
-    )
+    captions, seeds = [CAPTIONS_HEAD, *caption_rows(), ""], [SEEDS_HEAD, *seed_rows(), ""]
+    return "\n".join([LEDGER_HEAD, *yes_no_rows(), "", *captions, *seeds, *pair_rows()])
 
 
 LEDGER_HEAD = """# Grounding methods, measured
@@ -322,6 +321,29 @@ def seed_rows() -> Iterator[str]:
         cells = [" ".join(difference(model, spec, score) for model in beds[bed]) for bed, score in columns]
         if any(spec in model for models in beds.values() for model in models[1:]):
             yield f"| {link(spec, 'methods')}{peer(spec)} | {' | '.join(cells)} |"
+
+
+PAIRS_HEAD = """## Two at once
+
+`sightline bench --benchmark pope --split adversarial --items 300 --cost-items 0 --threads 1 --json --pairs --methods
+debiasing lacing vista ritual fastervlm:keep=0.25 pai dola > docs/results/pairs.jsonl`: accuracy of the pair, and by how
+many points it differs from the better of its two methods; paired test, adjusted for the number of pairs. vista+dola is
+refused: both change how late layers vote on the next token.
+
+| pair | accuracy | better alone | beyond it | p |
+| --- | --- | --- | --- | --- |"""
+
+
+def pair_rows() -> Iterator[str]:
+    lines = [line for line in results("pairs") if line["pair"]]
+    if not lines:
+        return
+    yield PAIRS_HEAD
+    for line in lines:
+        pair, accuracy = line["pair"], percent(line["scores"]["accuracy"])
+        gain = f"{100 * pair['difference']:+.1f}"
+        yield f"| `{pair['pair']}` | {accuracy} | `{pair['better']}` | {gain} | {pair['p_value']:.3f} |"
+    yield ""
 
 
 def difference(model: dict[str, dict[str, Any]], spec: str, score: str) -> str:
