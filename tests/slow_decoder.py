@@ -85,6 +85,24 @@ class SlowDecoder:
         return x @ self.model.lm_head.weight.T
 
 
+def slow_sum(own: list[float], branch: list[float], alpha: float, beta: float, normalise: bool = False) -> list[float]:
+    """One row of own + alpha branch; what is plausible is told by probabilities."""
+    summed = [(x + alpha * y) / (1 + alpha if normalise else 1) for x, y in zip(own, branch, strict=True)]
+    return [x if plausible else -math.inf for x, plausible in zip(summed, _plausible(own, beta), strict=True)]
+
+
+def slow_contrast(own: list[float], branch: list[float], alpha: float, beta: float) -> list[float]:
+    """One row of (1 + alpha) own - alpha branch, the same."""
+    contrast = [(1 + alpha) * x - alpha * y for x, y in zip(own, branch, strict=True)]
+    return [x if plausible else -math.inf for x, plausible in zip(contrast, _plausible(own, beta), strict=True)]
+
+
+def _plausible(own: list[float], beta: float) -> list[bool]:
+    total = sum(math.exp(x) for x in own)
+    probabilities = [math.exp(x) / total for x in own]
+    return [p >= beta * max(probabilities) for p in probabilities]
+
+
 Combine = Callable[[list[float], list[float]], list[float]]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import families as tiny
 import pytest
 import torch
-from slow_decoder import slow_answer
+from slow_decoder import slow_answer, slow_sum
 from torch import Tensor
 
 import sightline as sl
@@ -72,17 +72,6 @@ def found(model: Any, batch: dict[str, Any], **settings: Any) -> list[list[Match
     return method.seen[0]
 
 
-def slow_combine(
-    own: list[float], branch: list[float], alpha: float, beta: float, normalise: bool = False
-) -> list[float]:
-    total = sum(math.exp(x) for x in own)
-    probabilities = [math.exp(x) / total for x in own]
-    return [
-        (x + alpha * y) / (1 + alpha if normalise else 1) if p >= beta * max(probabilities) else -math.inf
-        for x, y, p in zip(own, branch, probabilities, strict=True)
-    ]
-
-
 # --- The combination ---
 
 
@@ -119,7 +108,7 @@ def test_the_combination_of_random_logits(normalise: bool) -> None:
         own, branch = torch.randn(2, 6, 40, generator=generator) * 3
         combined = Agla(alpha=alpha, beta=beta, normalise=normalise).combine(own, own, [branch])
         for row in range(6):
-            expected = slow_combine(own[row].tolist(), branch[row].tolist(), alpha, beta, normalise)
+            expected = slow_sum(own[row].tolist(), branch[row].tolist(), alpha, beta, normalise)
             torch.testing.assert_close(combined[row], torch.tensor(expected))
         assert torch.isinf(combined).any()
 
@@ -266,7 +255,7 @@ def test_an_answer_is_that_of_two_models_one_of_which_sees_the_pictures_blacked_
     assert not keep[2][9:].any()
     assert keep[3].all()
     other = blacked(batch, keep)
-    expected, scores = slow_answer(model, batch, other, partial(slow_combine, alpha=method.alpha, beta=method.beta), 4)
+    expected, scores = slow_answer(model, batch, other, partial(slow_sum, alpha=method.alpha, beta=method.beta), 4)
     with attach(model, method):
         output = model.generate(
             **batch,
@@ -281,7 +270,7 @@ def test_an_answer_is_that_of_two_models_one_of_which_sees_the_pictures_blacked_
     assert method.asked == [4]  # the maps are made once, also where the prompt is read anew for every token
     # A branch that took over the main one's cache would be the same as the main one from the second token on.
     shared = slow_answer(
-        model, batch, batch["pixel_values"], partial(slow_combine, alpha=method.alpha, beta=method.beta), 4
+        model, batch, batch["pixel_values"], partial(slow_sum, alpha=method.alpha, beta=method.beta), 4
     )[1]
     assert (torch.tensor(shared)[1:] - torch.tensor(scores)[1:]).abs().nan_to_num(0).max() > 1e-2
 

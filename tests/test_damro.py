@@ -11,6 +11,7 @@ from typing import Any
 import families as tiny
 import pytest
 import torch
+from slow_decoder import slow_contrast
 from torch import Tensor
 
 import sightline as sl
@@ -45,15 +46,6 @@ def shown(model: Any, batch: dict[str, Any], **settings: Any) -> list[int]:
 def top(scores: dict[int, float], count: int) -> list[int]:
     """The keys of the `count` highest scores."""
     return sorted(sorted(scores, key=lambda key: -scores[key])[:count])
-
-
-def slow_combine(own: list[float], branch: list[float], alpha: float, beta: float) -> list[float]:
-    total = sum(math.exp(x) for x in own)
-    probabilities = [math.exp(x) / total for x in own]
-    return [
-        (1 + alpha) * x - alpha * y if p >= beta * max(probabilities) else -math.inf
-        for x, y, p in zip(own, branch, probabilities, strict=True)
-    ]
 
 
 def eager_cls_rows(model: Any, pixels: Tensor, layer: int) -> list[list[float]]:
@@ -247,7 +239,7 @@ def slow_logits(
         model(inputs_embeds=torch.stack(embeds)[None], use_cache=False).logits[0, -1].tolist()
         for embeds in (full, left)
     )
-    return slow_combine(own, branch, alpha, 0.1)
+    return slow_contrast(own, branch, alpha, 0.1)
 
 
 @torch.no_grad()
@@ -295,7 +287,7 @@ def test_with_a_reducer_the_branch_has_those_that_are_left() -> None:
     branch = model(inputs_embeds=left[None]).logits[0, -1].tolist()
     with attach(model, sl.FasterVLM(keep=0.5), Damro(k=3)):
         got = model(**batch).logits[0, -1]
-    torch.testing.assert_close(got, torch.tensor(slow_combine(own, branch, 2.0, 0.1)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, torch.tensor(slow_contrast(own, branch, 2.0, 0.1)), atol=1e-4, rtol=0)
 
 
 def _before_picture(batch: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import families as tiny
 import pytest
 import torch
-from slow_decoder import slow_answer
+from slow_decoder import slow_answer, slow_sum
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -40,18 +40,6 @@ class Fingerprint(Ritual):
     def view(self, pictures: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         self.drawn.append((float(torch.rand((), generator=generator)), float(pictures[0][0].mean())))
         return list(pictures)
-
-
-def slow_combine(
-    logits: list[float], view: list[float], alpha: float, beta: float, normalise: bool = False
-) -> list[float]:
-    """One row of logits: what is plausible is told by probabilities."""
-    total = sum(math.exp(x) for x in logits)
-    probabilities = [math.exp(x) / total for x in logits]
-    return [
-        (x + alpha * y) / (1 + alpha if normalise else 1) if p >= beta * max(probabilities) else -math.inf
-        for x, y, p in zip(logits, view, probabilities, strict=True)
-    ]
 
 
 # --- The combination ---
@@ -84,7 +72,7 @@ def test_the_combination_of_random_logits(normalise: bool) -> None:
         logits, view = torch.randn(2, 6, 40, generator=generator) * 3
         combined = Ritual(alpha=alpha, beta=beta, normalise=normalise).combine(logits, logits, [view])
         for row in range(6):
-            expected = slow_combine(logits[row].tolist(), view[row].tolist(), alpha, beta, normalise)
+            expected = slow_sum(logits[row].tolist(), view[row].tolist(), alpha, beta, normalise)
             torch.testing.assert_close(combined[row], torch.tensor(expected))
         assert torch.isinf(combined).any()
 
@@ -129,7 +117,7 @@ def test_an_answer_is_that_of_two_models_that_read_everything_anew(family: str, 
     batch = tiny.inputs(family, model, images_per_row=[1, 2, 1])
     method = Ritual(alpha=1.5, beta=0.05, transform=transform)
     expected, scores = slow_answer(
-        model, batch, batch["pixel_values"].flip(axis), partial(slow_combine, alpha=method.alpha, beta=method.beta), 4
+        model, batch, batch["pixel_values"].flip(axis), partial(slow_sum, alpha=method.alpha, beta=method.beta), 4
     )
     with attach(model, method):
         output = model.generate(
@@ -155,7 +143,7 @@ class BothViewsAnew(LogitsProcessor):  # type: ignore[no-untyped-call]
             for pixels in (self.pixels.repeat_interleave(beams, 0), self.other.repeat_interleave(beams, 0))
         )
         both = zip(logits.tolist(), view.tolist(), strict=True)
-        combined = [slow_combine(one, two, self.method.alpha, self.method.beta) for one, two in both]
+        combined = [slow_sum(one, two, self.method.alpha, self.method.beta) for one, two in both]
         return torch.tensor(combined).log_softmax(dim=-1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import families as tiny
 import pytest
 import torch
-from slow_decoder import slow_answer
+from slow_decoder import slow_answer, slow_contrast
 from torch import Tensor
 
 from sightline.errors import InputError
@@ -37,16 +37,6 @@ def slow_share(step: int) -> float:
     for t in range(step + 1):
         share *= 1 - (1e-5 + (5e-3 - 1e-5) / (1 + math.exp(6 - 12 * t / 999)))
     return share
-
-
-def slow_combine(logits: list[float], noised: list[float], alpha: float, beta: float) -> list[float]:
-    """One row of logits: what is plausible is told by probabilities."""
-    total = sum(math.exp(x) for x in logits)
-    best = max(math.exp(x) / total for x in logits)
-    return [
-        (1 + alpha) * x - alpha * y if math.exp(x) / total >= beta * best else -math.inf
-        for x, y in zip(logits, noised, strict=True)
-    ]
 
 
 def test_the_defaults() -> None:
@@ -140,7 +130,9 @@ def test_an_answer_is_that_of_two_models_that_read_everything_anew(family: str) 
         )
     noised = torch.stack([view for _, view in method.seen])
     assert noised.shape == batch["pixel_values"].shape  # drawn once, not once a step
-    expected, scores = slow_answer(model, batch, noised, partial(slow_combine, alpha=method.alpha, beta=method.beta), 4)
+    expected, scores = slow_answer(
+        model, batch, noised, partial(slow_contrast, alpha=method.alpha, beta=method.beta), 4
+    )
     assert output.sequences[:, -4:].tolist() == expected.tolist()
     torch.testing.assert_close(torch.stack(output.logits), torch.tensor(scores), atol=3e-4, rtol=0)
     assert model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:].tolist() != expected.tolist()

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
 
 from sightline.errors import InputError, unknown
 
@@ -103,8 +103,14 @@ class Method(ABC):
         return logits
 
 
+class OfPaper(Protocol):
+    """A record of a paper's hyper-parameters: a `Method`, or an attack."""
+
+    paper: ClassVar[str]
+
+
 def in_range(
-    method: Method, name: str, low: float, high: float, *, low_open: bool = False, whole: bool = False
+    method: OfPaper, name: str, low: float, high: float, *, low_open: bool = False, whole: bool = False
 ) -> None:
     """Raises `InputError` unless field `name` of the method is a number (`whole`: a whole one) between the bounds,
     `low` itself left out if `low_open`."""
@@ -113,7 +119,8 @@ def in_range(
     if not is_number:
         raise InputError(f"{name} of {method.paper} must be a {'whole ' if whole else ''}number, not {value!r}")
     if not (low < value if low_open else low <= value) or not value <= high:
-        bounds = f"{'(' if low_open else '['}{low:g}, {high:g}]"
+        least, most = (f"{bound:.0f}" if float(bound).is_integer() else f"{bound:g}" for bound in (low, high))
+        bounds = f"{'(' if low_open else '['}{least}, {most}]"
         raise InputError(f"{name} of {method.paper} must lie in {bounds}, not {value!r}")
 
 

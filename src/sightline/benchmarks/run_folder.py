@@ -31,11 +31,12 @@ DIGESTS = frozenset({"weights", "item_set"})
 
 
 class RunFolder:
-    """A folder that holds a run, or will hold one."""
+    """A folder that holds a run, or will hold one; `run_file` is another name for run.json where a report of the run
+    would make no sense."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run_file: str = "run.json") -> None:
         self.path = path
-        self.run_file = path / "run.json"
+        self.run_file = path / run_file
         self.answers_file = path / "answers.jsonl"
         self.costs_file = path / "costs.json"
         self._descriptor: int | None = None

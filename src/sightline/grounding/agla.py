@@ -27,7 +27,6 @@ l' is a sum, so its temperature is 1 / (1 + alpha) of the model's; `normalise` d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, joined
 from sightline.grounding.matchers import Checkpoint, DecoderAttention, Matcher
 from sightline.methods import in_range, register
 from sightline.models.call import Stream
@@ -118,13 +117,7 @@ class Agla(ContrastiveDecoding):
 
     def _masked(self, call: Call) -> Encoded:
         anatomy = call.boundary.anatomy
-        pictures: list[list[Tensor]] = [[] for _ in anatomy.image_indices(call.inputs)]
-
-        def collect(picture: Tensor, image: int) -> Tensor:
-            pictures[image].append(picture)
-            return picture
-
-        anatomy.map_pictures(call.inputs, collect)
+        pictures = anatomy.pictures(call.inputs)
         found = self.matching().matches(call, pictures)
         kept: list[Iterator[Tensor]] = [
             iter([matching_pixels(m.relevance, m.similarity, *tile.shape[1:]) for m, tile in zip(*both, strict=True)])
@@ -135,10 +128,7 @@ class Agla(ContrastiveDecoding):
         )
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        combined = torch.add(logits, branches[0], alpha=self.alpha)
-        if self.normalise:
-            combined = combined / (1 + self.alpha)
-        return combined.masked_fill(implausible(own, self.beta), -math.inf)
+        return joined(logits, own, branches[0], self.alpha, self.beta, normalise=self.normalise)
 
 
 def matching_pixels(relevance: Tensor, similarity: float, height: int, width: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
 from sightline.methods import Method, in_range
 from sightline.models.call import NO_PICTURE, Stream
 
@@ -159,10 +158,7 @@ class LogitBoost(Method):
                     if queries == 0:
                         return attending.stock()
             logits = attending.unmasked(queries)
-            keys = columns = logits.shape[-1]
-            if call.seen:  # sliding layers may hold fewer keys than there are columns: the last ones
-                columns = call.seen - call.dropped + attending.query.shape[2]
-            factors = boost.factors(slice(columns - keys, columns), logits)
+            factors = boost.factors(call.key_columns(logits.shape[-1], attending.query.shape[2]), logits)
             size = logits.abs()
             if layer in boost.heads:
                 size *= _more_rows(boost.heads[layer], len(logits))
@@ -281,8 +277,7 @@ class GuidedBoost(LogitBoost, ContrastiveDecoding):
         return logits if self.gamma == 1 else super().logits(call, logits)
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        guided = torch.add(logits, own - branches[0], alpha=self.gamma - 1)
-        return guided.masked_fill(implausible(own, PLAUSIBLE), -math.inf)
+        return contrasted(logits, own, branches[0], self.gamma - 1, PLAUSIBLE)
 
 
 PLAUSIBLE = 0.1

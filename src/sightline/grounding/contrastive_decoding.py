@@ -102,12 +102,8 @@ def encode_view(
     anatomy = call.boundary.anatomy
     owners = anatomy.image_indices(call.inputs)  # the encoded row of each image
     pictures: dict[int, list[Tensor]] = {}
-
-    def collect(picture: Tensor, image: int) -> Tensor:
-        pictures.setdefault(owners[image], []).append(picture)
-        return picture
-
-    anatomy.map_pictures(call.inputs, collect, normalised=normalised)
+    for owner, tiles in zip(owners, anatomy.pictures(call.inputs, normalised=normalised), strict=True):
+        pictures.setdefault(owner, []).extend(tiles)
     views = {row: iter(view(seen, _generator(call, row, seen, seed))) for row, seen in pictures.items()}
     return call.boundary.encode_changed(call, lambda picture, image: next(views[owners[image]]), normalised=normalised)
 
@@ -124,6 +120,18 @@ def check_seed(method: Method, seed: int) -> None:
     """Raises `InputError` for a seed that no generator can be made from."""
     if not (isinstance(seed, int) and 0 <= seed < 2**32):
         raise InputError(f"seed of {method.paper} must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
+
+
+def contrasted(logits: Tensor, own: Tensor, branch: Tensor, alpha: float, beta: float) -> Tensor:
+    """logits + alpha (own - branch) where `own` finds tokens plausible, -inf elsewhere; all [B, vocabulary]."""
+    return torch.add(logits, own - branch, alpha=alpha).masked_fill(implausible(own, beta), -math.inf)
+
+
+def joined(logits: Tensor, own: Tensor, branch: Tensor, alpha: float, beta: float, *, normalise: bool) -> Tensor:
+    """logits + alpha branch where `own` finds tokens plausible, -inf elsewhere; all [B, vocabulary]. With `normalise`
+    the sum is divided by 1 + alpha, so that its temperature is the model's."""
+    voted = torch.add(logits, branch, alpha=alpha)
+    return (voted / (1 + alpha) if normalise else voted).masked_fill(implausible(own, beta), -math.inf)
 
 
 def implausible(logits: Tensor, beta: float) -> Tensor:

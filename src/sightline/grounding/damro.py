@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from sightline.errors import unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
 from sightline.methods import in_range, register
 from sightline.models.anatomy import ClsAttention
 from sightline.models.call import Stream
@@ -111,5 +111,4 @@ class Damro(ContrastiveDecoding):
         return visible
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        contrast = own - branches[0]
-        return torch.add(logits, contrast, alpha=self.alpha).masked_fill(implausible(own, self.beta), -math.inf)
+        return contrasted(logits, own, branches[0], self.alpha, self.beta)

@@ -33,7 +33,6 @@ and not the line break after them.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -42,7 +41,7 @@ import torch
 from torch import Tensor
 
 from sightline.errors import InputError, unknown
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, check_seed, encode_view, implausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, check_seed, contrasted, encode_view
 from sightline.grounding.diffusion_noise import STEPS, diffused
 from sightline.methods import in_range, register
 from sightline.models.call import NO_PICTURE, Encoded, Stream
@@ -175,8 +174,7 @@ class Debiasing(ContrastiveDecoding):
         return logits + self.label_shift(own, branches, tokens).to(logits.dtype)
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        contrast = own - torch.stack(list(branches)).mean(dim=0)
-        return torch.add(logits, contrast, alpha=self.alpha).masked_fill(implausible(own, self.beta), -math.inf)
+        return contrasted(logits, own, torch.stack(list(branches)).mean(dim=0), self.alpha, self.beta)
 
     def label_shift(self, own: Tensor, branches: Sequence[Tensor], tokens: Sequence[Sequence[int]]) -> Tensor:
         """What the post-hoc step adds to the logits, float32 [B, V]: other than 0 at labels only, and only in rows

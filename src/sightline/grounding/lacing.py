@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import InputError
-from sightline.grounding.contrastive_decoding import ContrastiveDecoding, implausible
+from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
 from sightline.methods import in_range, register
 from sightline.models.call import Encoded, Stream
 from sightline.models.rows import causal
@@ -143,8 +143,7 @@ class Lacing(ContrastiveDecoding):
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
         if not branches:
             return logits
-        guided = logits + (self.cfg_scale - 1) * (own - branches[0])
-        return guided.masked_fill(implausible(own, self.beta), -torch.inf)
+        return contrasted(logits, own, branches[0], self.cfg_scale - 1, self.beta)
 
     def _soft_image(self, anatomy: Anatomy) -> Tensor:
         """E, float32 [n, D].
@@ -230,10 +229,8 @@ def _softmax_over(logits: Tensor, keys: Tensor) -> Tensor:
 def _visual_keys(call: Call, attending: Attending) -> Tensor:
     """bool [R, k]: the visual keys that each row of the batch may see."""
     shown = torch.cat(call.shown[: len(attending.query) // call.rows])
-    keys = columns = attending.key.shape[2]
-    if call.seen:  # sliding layers may hold fewer keys than there are columns: the last ones
-        columns = call.seen - call.dropped + attending.query.shape[2]
-    return F.pad(shown, (0, columns - shown.shape[1]))[:, columns - keys :]
+    columns = call.key_columns(attending.key.shape[2], attending.query.shape[2])
+    return F.pad(shown, (0, columns.stop - shown.shape[1]))[:, columns]
 
 
 # --- Soft images ---

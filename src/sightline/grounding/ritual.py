@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import unknown
-from sightline.grounding.contrastive_decoding import PictureView, implausible
+from sightline.grounding.contrastive_decoding import PictureView, joined
 from sightline.methods import in_range, register
 
 Transformation = Callable[[Tensor], Tensor]
@@ -74,10 +74,7 @@ class Ritual(PictureView):
         return [chosen(picture) for picture in pictures]
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        combined = torch.add(logits, branches[0], alpha=self.alpha)
-        if self.normalise:
-            combined = combined / (1 + self.alpha)
-        return combined.masked_fill(implausible(own, self.beta), -math.inf)
+        return joined(logits, own, branches[0], self.alpha, self.beta, normalise=self.normalise)
 
 
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:

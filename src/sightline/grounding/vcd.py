@@ -17,17 +17,17 @@ model cuts into tiles has noise of its own in each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from sightline.grounding.contrastive_decoding import PictureView, implausible
+from sightline.grounding.contrastive_decoding import PictureView, contrasted
 from sightline.grounding.diffusion_noise import STEPS, diffused
 from sightline.methods import in_range, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @register
@@ -70,5 +70,4 @@ class Vcd(PictureView):
         return [diffused(picture, self.noise_step, generator) for picture in pictures]
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        contrast = own - branches[0]
-        return torch.add(logits, contrast, alpha=self.alpha).masked_fill(implausible(own, self.beta), -math.inf)
+        return contrasted(logits, own, branches[0], self.alpha, self.beta)

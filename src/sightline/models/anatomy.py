@@ -360,6 +360,17 @@ class Anatomy:
 
         return {**inputs, "pixel_values": self._mapped(inputs, change)}
 
+    def pictures(self, inputs: Inputs, *, normalised: bool = False) -> list[list[Tensor]]:
+        """What `map_pictures` gives to its `fn`: for each image of the batch the picture, or its tiles in order."""
+        found: list[list[Tensor]] = [[] for _ in self.image_indices(inputs)]
+
+        def take(picture: Tensor, image: int) -> Tensor:
+            found[image].append(picture)
+            return picture
+
+        self.map_pictures(inputs, take, normalised=normalised)
+        return found
+
     def _mapped(self, inputs: Inputs, fn: PictureFn) -> Tensor:
         """`pixel_values` [pictures, 3, H, W] with every picture, normalised as it is, changed."""
         pixels: Tensor = inputs["pixel_values"]

@@ -172,6 +172,7 @@ def reply(
     budgets = [budget] * rows if isinstance(budget, Budget) else list(budget)
     most = max(max_new_tokens if one.tokens is None else min(one.tokens, max_new_tokens) for one in budgets)
     guard = _Guard(length, budgets)
+    limited = any(one != UNLIMITED for one in budgets)
     first = _First()
     output = model.generate(
         **inputs,
@@ -180,7 +181,7 @@ def reply(
         num_beams=1,
         return_dict_in_generate=True,
         logits_processor=LogitsProcessorList([first] * margin + [choosing] * (choosing is not None)),
-        stopping_criteria=StoppingCriteriaList([guard]),
+        stopping_criteria=StoppingCriteriaList([guard] * limited),
     )
     new_BT = output.sequences[:, length:].tolist()
     margins: list[float | None] = [None] * rows

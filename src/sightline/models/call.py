@@ -136,6 +136,16 @@ class Call:
         more where, without a cache, what was generated is read again with it."""
         return self.input_ids.shape[1] - self.prompt_length + 1 if self.reading_prompt else 1
 
+    def key_columns(self, keys: int, queries: int) -> slice:
+        """Which of the columns read so far the keys of a layer are: all of them, or the last, in a layer that slides.
+
+        Args:
+            keys: how many keys the layer has, those of this forward included.
+            queries: how many positions this forward reads.
+        """
+        columns = self.seen - self.dropped + queries if self.seen else keys
+        return slice(columns - keys, columns)
+
     def on_columns(self, values: Tensor) -> Tensor:
         """One value for each of the N visual tokens of the encoded batch -> [B, T], 0 where the prompt that the decoder
         reads has none of them. For `Method.before_prompt`."""

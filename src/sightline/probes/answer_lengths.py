@@ -117,8 +117,7 @@ def measure(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
-    folder = RunFolder(out)
-    folder.run_file = out / "attack.json"  # not run.json: it is no benchmark run, which could be reported on
+    folder = RunFolder(out, "attack.json")  # it is no benchmark run
     with folder.opened(settings, machine, list(chosen)):
         rows = folder.rows()
         done = {_key(row) for row in rows}

@@ -49,6 +49,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from sightline.errors import InputError, unknown
+from sightline.methods import in_range
 from sightline.models.anatomy import Anatomy
 from sightline.models.answering import end_tokens, prepare
 
@@ -155,7 +156,7 @@ class VerboseImages:
 
     def __post_init__(self) -> None:
         for name, low, high in (("epsilon", 0, 1), ("step_size", 0, 1), ("momentum", 0, 1), ("top_p", 0, 1)):
-            _check(name, getattr(self, name), low, high, low_open=name in ("step_size", "top_p"))
+            in_range(self, name, low, high, low_open=name in ("step_size", "top_p"))
         for name, low, high in (
             ("iterations", 0, 1_000_000),
             ("repeats", 1, 1000),
@@ -163,7 +164,7 @@ class VerboseImages:
             ("sample_every", 1, 1_000_000),
             ("seed", 0, 2**31 - 1),
         ):
-            _check(name, getattr(self, name), low, high, whole=True)
+            in_range(self, name, low, high, whole=True)
         for name in ("eos_schedule", "diversity_schedule"):
             pair = getattr(self, name)
             if len(pair) != 2 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair):
@@ -358,13 +359,8 @@ class Pixels:
         place = self.inputs["pixel_values"].device
         self.mean = torch.tensor(self.anatomy.pixel_mean, device=place)[:, None, None]
         self.std = torch.tensor(self.anatomy.pixel_std, device=place)[:, None, None]
-        self.clean: list[Tensor] = []
-
-        def take(tile: Tensor, index: int) -> Tensor:
-            self.clean.append((tile.float() * self.std + self.mean).clamp(0, 1))
-            return tile
-
-        self.anatomy.map_pictures(self.inputs, take, normalised=True)
+        tiles = [tile for image in self.anatomy.pictures(self.inputs, normalised=True) for tile in image]
+        self.clean = [(tile.float() * self.std + self.mean).clamp(0, 1) for tile in tiles]
 
     def zero(self) -> list[Tensor]:
         """No perturbation."""
@@ -404,15 +400,6 @@ class Pixels:
             return None
         levels = ((self.clean[0] + delta[0]).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy()))
-
-
-def _check(name: str, value: Any, low: int, high: int, *, low_open: bool = False, whole: bool = False) -> None:
-    """Raises `InputError` unless a field is a number (`whole`: a whole one) between its bounds."""
-    what = f"{name} of {VerboseImages.paper}"
-    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
-        raise InputError(f"{what} must be a {'whole ' if whole else ''}number, not {value!r}")
-    if not (low < value if low_open else low <= value) or not value <= high:
-        raise InputError(f"{what} must lie in {'(' if low_open else '['}{low}, {high}], not {value!r}")
 
 
 def _ratio(above: float, below: float) -> float:
