@@ -57,15 +57,15 @@ class HiddenSteering(Method):
 
     def _push(self, layer: int) -> Callable[[Call, Tensor], Tensor | None]:
         def push(call: Call, hidden: Tensor) -> Tensor | None:
+            direction = call.memory[self][layer]
+            if not call.reading_prompt and len(hidden) == call.rows:
+                return self.steer(hidden, direction)
             first = 0
             if call.reading_prompt and not self.steers_prompt():
                 # Without a cache what was generated is read again together with the prompt.
                 first = hidden.shape[1] - (call.input_ids.shape[1] - call.prompt_length)
             if first == hidden.shape[1]:
                 return None
-            direction = call.memory[self][layer]
-            if first == 0 and len(hidden) == call.rows:
-                return self.steer(hidden, direction)
             changed = hidden.clone()
             changed[: call.rows, first:] = self.steer(hidden[: call.rows, first:], direction)
             return changed

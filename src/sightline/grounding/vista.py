@@ -117,15 +117,25 @@ class Vista(HiddenSteering):
 
     def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
         wide = hidden.float()
+        if wide.numel() == wide.shape[-1] and wide.device.type == "cpu":
+            return self._steer_one(wide, direction).to(hidden.dtype)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if self.scale == "unit":
-            # ||m|| times the tilted vector, ||m|| kappa being ||m|| + max(0, -m.v): fewer steps a layer and token.
-            kappa = length + torch.relu((wide * direction).sum(dim=-1, keepdim=True).neg())
+            # ||m|| times the tilted vector, ||m|| kappa being max(||m||, ||m|| - m.v): fewer steps a layer and token.
+            kappa = torch.maximum(length, torch.baddbmm(length, wide, direction.mT, alpha=-1))
             tilted = torch.addcmul(wide, kappa, direction, value=self.strength)
         else:
             tilted = torch.add(wide, direction, alpha=self.strength)
         shrink = length / torch.linalg.vector_norm(tilted, dim=-1, keepdim=True).clamp_min(1e-12)
         return (tilted * shrink).to(hidden.dtype)
+
+    def _steer_one(self, hidden: Tensor, direction: Tensor) -> Tensor:
+        """`steer` for a single vector [1, 1, D]: a number in Python costs less than a tensor of one element."""
+        m, v = hidden.flatten(), direction.flatten()
+        length = torch.linalg.vector_norm(m).item()
+        amount = self.strength * (max(length, length - m.dot(v).item()) if self.scale == "unit" else 1.0)
+        tilted = torch.add(m, v, alpha=amount)
+        return tilted.mul_(length / max(torch.linalg.vector_norm(tilted).item(), 1e-12)).view_as(hidden)
 
     def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
         def read(call: Call, hidden: Tensor) -> None:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from sightline.errors import InputError
+from sightline.methods import Method
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
 from sightline.models.call import Call, Encoded, Stream
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
-    from sightline.methods import Method
     from sightline.models.anatomy import Anatomy, TowerReading
 
 
@@ -38,6 +38,7 @@ class Boundary:
 
     def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
         self.anatomy, self.methods = anatomy, list(methods)
+        self._speakers = [method for method in self.methods if type(method).logits is not Method.logits]
         self.last_call: Call | None = None
         self._undo: list[Callable[[], None]] = []
         # The call of each cache that was filled here; None for a prompt without pictures.
@@ -181,11 +182,12 @@ class Boundary:
 
     def _go_on(self, cache: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A later step of a call that has a cache, or of a prompt without pictures."""
-        if cache not in self._calls:
+        try:
+            call = self._call = self._calls[cache]
+        except KeyError:
             raise InputError(
                 "with methods attached a prompt is read from its start, but this cache was filled outside the context"
-            )
-        call = self._call = self._calls[cache]
+            ) from None
         if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
             raise InputError(
                 "with methods attached no picture can join a prompt whose cache is kept; start a new prompt, and read "
@@ -354,6 +356,8 @@ class Boundary:
             return None
         hidden: Tensor = output.last_hidden_state
         rows, lasting = call.rows, len(call.real)
+        if len(hidden) == rows and not call.reading_prompt:
+            return None
         call.heard([hidden[i * rows : (i + 1) * rows, -1] for i in range(1, len(hidden) // rows)])
         if len(hidden) > rows:
             output.last_hidden_state = hidden[:rows]
@@ -380,8 +384,10 @@ class Boundary:
             raise InputError(
                 "with methods attached tokens are generated one at a time: no assisted decoding and no prompt lookup"
             )
+        if not self._speakers:
+            return None
         last = before = call.own_logits = output.logits[:, -1]
-        for method in self.methods:
+        for method in self._speakers:
             last = method.logits(call, last)
         if last is not before:
             if call.bare is not None:
