@@ -3,8 +3,9 @@
 On the built-in model, where a step takes milliseconds and so shows every operation that is added, at batch 1 and 32;
 and on a model of a real small one's shape. Targets on the built-in model: a contrastive method, which reads two views,
 at most 1.6 at batch 1 and 2.1 at batch 32 (two passes would take 2); one that steers attention or hidden states at most
-1.08 at batch 1. On the larger model that steering at most 1.05, and all of VISTA, which also puts late layers through
-the output head, at most 1.27, which is what its paper measured.
+1.08 at batch 1. So small a model is run on one thread (OMP_NUM_THREADS=1): two wait for each other more than they help.
+On the larger model that steering at most 1.05, and all of VISTA, which also puts late layers through the output head,
+at most 1.27, which is what its paper measured.
 """
 
 from __future__ import annotations

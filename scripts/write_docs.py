@@ -241,7 +241,7 @@ def page(slug: str, method: type[Method]) -> str:
 def ledger() -> str:
     """The page on the grounding methods: what each does to yes/no questions and captions, by seeds."""
     captions, seeds = [CAPTIONS_HEAD, *caption_rows(), ""], [SEEDS_HEAD, *seed_rows(), ""]
-    return "\n".join([LEDGER_HEAD, *yes_no_rows(), "", *captions, *seeds, *pair_rows()])
+    return "\n".join([LEDGER_HEAD, *yes_no_rows(), "", *captions, *seeds, *pair_rows(), *text_rows()])
 
 
 LEDGER_HEAD = """# Grounding methods, measured
@@ -343,6 +343,30 @@ def pair_rows() -> Iterator[str]:
         pair, accuracy = line["pair"], percent(line["scores"]["accuracy"])
         gain = f"{100 * pair['difference']:+.1f}"
         yield f"| `{pair['pair']}` | {accuracy} | `{pair['better']}` | {gain} | {pair['p_value']:.3f} |"
+    yield ""
+
+
+TEXT_HEAD = """## A text against the picture
+
+`sightline bench --benchmark words-or-vision --option "context={{text}}" --items 200 --batch-size 32 --cost-items 0
+--json --methods none {methods} > docs/results/words_or_vision.jsonl`: accuracy without a text, and with one that says
+the right answer (match), a wrong one (corruption), or something else (irrelevant); the text preference ratio (TPR), %.
+*Heard* is how often the model, without the picture, answers what the text says: at 50 of 100 it does not take in what a
+text beside the question says, and its low TPR is no virtue.
+
+| method | base | match | corruption | irrelevant | TPR corruption | TPR irrelevant | heard | what changed |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+TEXT_SCORES = ("base", "match", "corruption", "irrelevant", "tpr_corruption", "tpr_irrelevant", "heard")
+
+
+def text_rows() -> Iterator[str]:
+    lines = results("words_or_vision")
+    if not lines:
+        return
+    yield TEXT_HEAD.format(methods=" ".join(line["method"] for line in lines if line["method"] != "none"))
+    for line in lines:
+        cells = [percent(line["scores"][name]) if name in line["scores"] else "" for name in TEXT_SCORES]
+        yield f"| {link(line['method'], 'methods')}{peer(line['method'])} | {' | '.join(cells)} | {kind(line)} |"
     yield ""
 
 
