@@ -98,6 +98,11 @@ class Method(ABC):
     def before_prompt(self, call: Call) -> None:  # noqa: B027  (most need none)
         """Called once the prompt's rows are fixed, before the decoder reads them."""
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether `logits` is asked at these settings."""
+        return type(self).logits is not Method.logits
+
     def logits(self, call: Call, logits: Tensor) -> Tensor:
         """The next-token logits [B, vocabulary], changed."""
         return logits

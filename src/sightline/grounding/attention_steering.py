@@ -273,8 +273,9 @@ class GuidedBoost(LogitBoost, ContrastiveDecoding):
     def branches(self, call: Call) -> Sequence[Stream]:
         return () if self.gamma == 1 else (NO_PICTURE,)
 
-    def logits(self, call: Call, logits: Tensor) -> Tensor:
-        return logits if self.gamma == 1 else super().logits(call, logits)
+    @property
+    def changes_logits(self) -> bool:
+        return self.gamma > 1
 
     def combine(self, logits: Tensor, own: Tensor, branches: Sequence[Tensor]) -> Tensor:
         return contrasted(logits, own, branches[0], self.gamma - 1, PLAUSIBLE)

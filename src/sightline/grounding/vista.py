@@ -143,9 +143,11 @@ class Vista(HiddenSteering):
 
         return read
 
+    @property
+    def changes_logits(self) -> bool:
+        return self.gamma > 0
+
     def logits(self, call: Call, logits: Tensor) -> Tensor:
-        if self.gamma == 0:
-            return logits
         anatomy = call.boundary.anatomy
         late = torch.stack(list(call.memory[self, "late layers"].values()))  # [window, B, D]
         if self.lens_norm:

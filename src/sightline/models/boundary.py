@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from sightline.errors import InputError
-from sightline.methods import Method
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
 from sightline.models.call import Call, Encoded, Stream
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
+    from sightline.methods import Method
     from sightline.models.anatomy import Anatomy, TowerReading
 
 
@@ -38,7 +38,7 @@ class Boundary:
 
     def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
         self.anatomy, self.methods = anatomy, list(methods)
-        self._speakers = [method for method in self.methods if type(method).logits is not Method.logits]
+        self._speakers = [method for method in self.methods if method.changes_logits]
         self.last_call: Call | None = None
         self._undo: list[Callable[[], None]] = []
         # The call of each cache that was filled here; None for a prompt without pictures.
@@ -157,8 +157,8 @@ class Boundary:
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise InputError("with methods attached a prompt may hold pictures, but no videos")
-        if cache is not None and cache.get_seq_length() > 0:
-            return self._go_on(cache, ids, args, kwargs)
+        if cache is not None and (read := cache.get_seq_length()) > 0:
+            return self._go_on(cache, read, ids, args, kwargs)
         if ids is None:
             raise InputError(
                 "with methods attached the model needs input_ids: inputs_embeds do not show what is visual"
@@ -180,7 +180,7 @@ class Boundary:
                 )
         return None
 
-    def _go_on(self, cache: Any, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _go_on(self, cache: Any, read: int, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A later step of a call that has a cache, or of a prompt without pictures."""
         try:
             call = self._call = self._calls[cache]
@@ -195,7 +195,7 @@ class Boundary:
             )
         if call is None:
             return None
-        call.seen = cache.get_seq_length() + call.dropped
+        call.seen = read + call.dropped
         call.base_counts = kwargs.get("position_ids") is None
         # Before `base`, as some families make a square mask there; those that make positions there need the whole one.
         if call.kept is not None and ids is not None and not self.anatomy.mrope:
