@@ -6,7 +6,10 @@
     with sl.attach(model, sl.FasterVLM(keep=0.25)):
         output = model.generate(**inputs)
 
-Every method is importable from here by the name of its class; `sl.methods()` lists them.
+Every method is importable from here by the name of its class; `sl.methods()` lists them. Encoders are made by name:
+
+    encoder = sl.create_encoder("vig_tiny", image_size=1024)
+    features = encoder(pixels)
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ __version__ = version("sightline")
 
 _EXPORTS = {
     "Anatomy": "sightline.models.anatomy",
+    "EncoderVisionConfig": "sightline.encoders.vision_model",
+    "EncoderVisionModel": "sightline.encoders.vision_model",
     "InputError": "sightline.errors",
     "attach": "sightline.methods",
+    "create_encoder": "sightline.encoders.encoder",
     "describe": "sightline.methods",
+    "list_encoders": "sightline.encoders.encoder",
     "load": "sightline.models.loading",
     "methods": "sightline.methods",
     "open_picture": "sightline.models.images",

@@ -295,9 +295,10 @@ class Anatomy:
     def grids(self, inputs: Inputs) -> list[tuple[int, int] | None]:
         """(rows, columns) of each image's visual tokens as a raster, read row by row. None for an image whose tokens
         are no single raster (it was cut into tiles, or has newline tokens)."""
-        side = int(self._picture_tokens() ** 0.5)
         whole = self._picture_tokens()
-        return [(side, side) if count == whole else None for count in self.tokens_per_image(inputs)]
+        side = int(whole**0.5)
+        rows, columns = getattr(self.vision_config, "grid", None) or (side, side)  # an encoder of ours says its grid
+        return [(rows, columns) if count == whole else None for count in self.tokens_per_image(inputs)]
 
     @property
     def rasters(self) -> bool:
@@ -306,7 +307,8 @@ class Anatomy:
 
     def _picture_tokens(self) -> int:
         """Visual tokens of one picture, where all have the same size."""
-        return int(self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        own = getattr(self.vision_config, "num_tokens", None)  # of an encoder of ours
+        return int(own or (self.vision_config.image_size // self.vision_config.patch_size) ** 2)
 
     def _image_lengths(self, inputs: Inputs) -> list[int]:
         whole = self._picture_tokens()

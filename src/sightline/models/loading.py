@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def load(
 
     from transformers import AutoModelForImageTextToText, AutoProcessor  # imported late: it takes seconds
 
+    import_module("sightline.encoders.vision_model")  # so that transformers knows towers made of our encoders
     try:
         processor: Any = AutoProcessor.from_pretrained(where, **options)
         model: Any = AutoModelForImageTextToText.from_pretrained(where, use_safetensors=True, **chosen, **options)
