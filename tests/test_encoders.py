@@ -99,14 +99,14 @@ def test_other_sizes_and_grids_that_are_not_square(name: str) -> None:
     with torch.no_grad():
         larger = encoder(inputs_for(encoder, 1, (height + step, width + 3 * step)))
     assert larger.tokens.shape[1] == torch.tensor(larger.grid).prod()
+    refusal = ""
     try:
         with torch.no_grad():
             odd = encoder(inputs_for(encoder, 1, (height + 1, width)))
+        assert odd.tokens.shape[1] == torch.tensor(odd.grid).prod()  # it rounds up
     except sl.InputError as error:
-        assert "multiple" in str(error)
-        assert f"{height + 1}" in str(error)
-    else:  # it rounds up
-        assert odd.tokens.shape[1] == torch.tensor(odd.grid).prod()
+        refusal = str(error)
+    assert not refusal or ("multiple" in refusal and f"{height + 1}" in refusal)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -32,7 +32,7 @@ class EncoderVisionConfig(PretrainedConfig):
 
     Args:
         encoder: one of `list_encoders()` that takes pictures.
-        image_size: side of its square input, None for the published one.
+        image_size: side of its square input or (height, width), None for the published one.
         in_chans: channels of the input.
         overrides: other arguments of `create_encoder`.
 
@@ -48,12 +48,14 @@ class EncoderVisionConfig(PretrainedConfig):
     def __init__(
         self,
         encoder: str = "vit_nano",
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         in_chans: int = 3,
         overrides: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         overrides = dict(overrides or {})
+        if isinstance(image_size, list):
+            image_size = (image_size[0], image_size[1])
         with torch.device("meta"):
             probe = create_encoder(encoder, image_size=image_size, in_chans=in_chans, **overrides).eval()
         if probe.inputs != "pictures":
@@ -73,6 +75,11 @@ class EncoderVisionConfig(PretrainedConfig):
         self.encoder, self.in_chans, self.overrides = encoder, in_chans, overrides
         self.image_size = side[0] if side[0] == side[1] else list(side)
 
+    @property
+    def side(self) -> int | tuple[int, int]:
+        """`image_size` as `create_encoder` takes it; JSON has no tuples."""
+        return self.image_size if isinstance(self.image_size, int) else (self.image_size[0], self.image_size[1])
+
 
 class EncoderVisionModel(PreTrainedModel):
     """A vision tower made of one of the encoders, without a head."""
@@ -80,16 +87,16 @@ class EncoderVisionModel(PreTrainedModel):
     config_class = EncoderVisionConfig
     base_model_prefix = "encoder_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _no_split_modules: list[str] = []  # noqa: RUF012  (as the base class has it)
     _supports_sdpa = True
 
     def __init__(self, config: EncoderVisionConfig) -> None:
         super().__init__(config)
         self.encoder: Encoder = create_encoder(
-            config.encoder, image_size=config.image_size, in_chans=config.in_chans, **config.overrides
+            config.encoder, image_size=config.side, in_chans=config.in_chans, **config.overrides
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
         """The encoder has made its own start; buffers that are not saved are made anew where a loader left them out."""
@@ -100,7 +107,7 @@ class EncoderVisionModel(PreTrainedModel):
         if missing:
             with torch.device("cpu"):
                 fresh = create_encoder(
-                    config.encoder, image_size=config.image_size, in_chans=config.in_chans, **config.overrides
+                    config.encoder, image_size=config.side, in_chans=config.in_chans, **config.overrides
                 )
             made = dict(fresh.named_buffers())
             for name in missing:
