@@ -12,8 +12,6 @@ from torch import Tensor
 from sightline.errors import InputError
 from sightline.mixers import retention
 from sightline.mixers.linear_attention import linear_attention
-from sightline.mixers import retention
-from sightline.mixers.linear_attention import linear_attention
 from sightline.mixers.retention import Retention, vision_decays
 
 WIDTH, HEADS, LENGTH = 12, 3, 23
