@@ -72,6 +72,7 @@ SURFACE = {
     ],
     "papers": ["--json", "--stretch"],
     "methods": ["--json"],
+    "encoders": ["--json", "--measure", "pattern"],
     "picturebook draw": ["--against", "--seed", "--size", "--split", "-n", "out"],
     "train nano": [
         "--batch",
@@ -87,6 +88,21 @@ SURFACE = {
         "--workers",
     ],
     "train soft-image": ["--batch", "--device", "--model", "--out", "--seed", "--steps", "--threads"],
+    "train encoder": [
+        "--batch",
+        "--device",
+        "--encoder",
+        "--examples",
+        "--image-size",
+        "--json",
+        "--learning-rate",
+        "--out",
+        "--seed",
+        "--set",
+        "--steps",
+        "--task",
+        "--threads",
+    ],
 }
 
 

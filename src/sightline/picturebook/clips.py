@@ -1,8 +1,8 @@
 """Short clips of the picture world: one object moves in a scene, and what it does is the clip's action.
 
 A frame by itself, its number unknown, does not decide between `moves left` and `moves right`, `comes closer` and `goes
-away`, `appears` and `vanishes`: the order of the frames does. A *bouncing* clip has an object that flies with constant speed and is thrown
-back by the edges, without an end: what comes next follows from what has been seen.
+away`, `appears` and `vanishes`: the order of the frames does. A *bouncing* clip has an object that flies with constant
+speed and is thrown back by the edges, without an end: what comes next follows from what has been seen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Volumes such as a scanner makes, with the class of every voxel.
 
 An organ (a large ellipsoid) lies in soft tissue; a vessel (a bent tube) runs through the volume, and one to three
-lesions (small ellipsoids) lie inside the organ. A lesion is as bright as the vessel and is told from it by its shape
-and place alone.
+lesions (small ellipsoids, which may run together) lie inside the organ. A lesion is as bright as the vessel and is told
+from it by its shape and place alone.
 
     classes: 0 tissue, 1 organ, 2 vessel, 3 lesion
 """

@@ -559,6 +559,9 @@ class State:
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
+            for name, buffer in self.modules.named_buffers():  # running statistics
+                if f"buffer/{name}" in tensors:
+                    buffer.copy_(tensors[f"buffer/{name}"])
         if saved_phase != phase:
             return 0 if phase == "joint" else sys.maxsize  # not begun yet, or long over
         for name, parameter in named.items():
@@ -579,6 +582,8 @@ class State:
             for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if moment in moments:
                     tensors[f"{moment}/{name}"] = moments[moment].clone()
+        saved = self.modules.state_dict()
+        tensors |= {f"buffer/{n}": b.detach().clone() for n, b in self.modules.named_buffers() if n in saved}
         partial = self.file.with_suffix(".partial")
         save_file(tensors, partial)
         os.replace(partial, self.file)
