@@ -3,6 +3,7 @@
 - `docs/methods/<slug>.md`: the paper, the method's own documentation, its parameters, where it works (from
   `docs/capabilities.md`), and what was measured;
 - `docs/grounding.md`: the ledger of the grounding methods, with several seeds of a smaller model;
+- `docs/encoders.md`: all encoders, what was seen with small ones, their speed (see `encoder_docs.py`);
 - the table of methods and the built-in model's skills, between the markers in `README.md`.
 
 Results are the JSON lines that `sightline bench ... --json` printed, in `docs/results/*.jsonl`: the four beds of
@@ -19,6 +20,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from encoder_docs import page as encoder_page
 
 from sightline.methods import Method, methods
 from sightline.papers import paper, peers
@@ -392,7 +395,12 @@ def files() -> dict[Path, str]:
     text = between(readme.read_text(), "methods", methods_table())
     text = between(text, "skills", skills_table())
     pages = {ROOT / "docs" / "methods" / f"{slug}.md": page(slug, method) for slug, method in methods().items()}
-    return {readme: text, ROOT / "docs" / "grounding.md": ledger(), **pages}
+    written = {
+        readme: text,
+        ROOT / "docs" / "grounding.md": ledger(),
+        ROOT / "docs" / "encoders.md": encoder_page(RESULTS),
+    }
+    return written | pages
 
 
 def main() -> None:
