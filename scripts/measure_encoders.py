@@ -50,7 +50,9 @@ def _arms() -> Iterator[Arm]:
     block = dict(task="digits", examples=1000, steps=800)
     for control in ("frozen", "random", "mlp"):
         yield Arm("frozen language block", control, "lm4visual_nano", overrides={"control": control}, **block)
-    yield Arm("early exit", "LGViT", "lgvit_nano", "digits", 1000, 1600)
+    yield Arm("frozen language block", "no block", "vit_nano", **block)
+    small = dict(width=64, depth=6, num_heads=4, exits=(2, 3, 4, 5), heads=("lph3", "lph1", "gah2", "gah3"))
+    yield Arm("early exit", "LGViT", "lgvit_nano", "digits", 1000, 3000, small, learning_rate=2e-3)
     for task, steps in (("cells", 500), ("coins", 150)):
         for name, encoder in (("xLSTM-UNet", "xlstm_unet_bot_2d_nano"), ("U-Net", "unet_2d_nano")):
             yield Arm(f"segmentation: {task}", name, encoder, task, 400, steps, batch=8, learning_rate=2e-3)

@@ -74,7 +74,7 @@ def test_half_precision_does_not_round_the_decays(monkeypatch: pytest.MonkeyPatc
     assert half.dtype == torch.bfloat16
     assert given[0].dtype == torch.float32
     torch.testing.assert_close(given[0].exp(), torch.tensor(vision_decays(HEADS)), rtol=0, atol=1e-7)
-    torch.testing.assert_close(half.double(), mixer()(tokens()), rtol=0, atol=0.02)
+    torch.testing.assert_close(half.double(), mixer()(tokens()), rtol=0, atol=0.06)
 
 
 @torch.no_grad()

@@ -103,7 +103,9 @@ class Window(nn.Module):
     def __init__(self, width: int, axes: int, mode: WindowMode, root: bool) -> None:
         super().__init__()
         self.axes, self.mode, self.root = axes, mode, root
-        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, width)
+        # The device by name: while it loads a model, transformers has linspace make tensors on the CPU.
+        here = torch.get_default_device()
+        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, width, device=here)
         self.deltas = nn.ParameterList()
         self.shift = nn.Parameter(torch.rand(width)) if mode in ("learn", "symmetric") else None
         if mode == "standard":

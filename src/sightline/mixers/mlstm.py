@@ -364,7 +364,7 @@ class MLSTM(CausalMixer):
             nn.init.zeros_(gate.weight)
         nn.init.normal_(self.igate.bias, std=0.1)
         with torch.no_grad():
-            self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads))
+            self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads, device=self.fgate.bias.device))
 
     def forward(self, x: Tensor, grid: tuple[int, ...] = ()) -> Tensor:
         if self.reverse:
