@@ -105,7 +105,7 @@ def test_gates_of_hundreds_give_finite_outputs_and_gradients(form: dict[str, Any
 
 
 def test_long_memory_keeps_its_digits_in_float32() -> None:
-    # Ten strong forgetful tokens, then slow ones: sums over the whole sequence in float32 would lose the slow steps.
+    # Tokens that forget everything, then slow ones: sums over the whole sequence in float32 would lose the slow steps.
     given = draw(700, torch.float32, spread=0.1, shift=6.0)
     given[4][:, :, :300] = -100.0
     out, _ = mlstm(*given)

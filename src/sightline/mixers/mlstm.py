@@ -235,10 +235,8 @@ def _states(added: Tensor, end: Tensor, first: Tensor, scale: Tensor, *, faded: 
         gaps = (end.unsqueeze(-2) - wanted.unsqueeze(-1)).clamp(max=0).exp().tril(last).to(added.dtype)
         return (gaps @ flat).addcmul_((scale - wanted).exp().to(added.dtype).unsqueeze(-1), start)
 
-    shape = added.shape[3:]
-    return summed(before, -1).unflatten(-1, shape), summed(end[..., -1:], len(end[0, 0])).squeeze(2).unflatten(
-        -1, shape
-    )
+    states, after = summed(before, -1), summed(end[..., -1:], end.shape[-1]).squeeze(2)
+    return states.unflatten(-1, added.shape[3:]), after.unflatten(-1, added.shape[3:])
 
 
 class OffsetNorm(nn.Module):
