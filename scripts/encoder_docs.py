@@ -26,7 +26,7 @@ Made by `scripts/write_docs.py` from the code and from `docs/results`.
 import sightline as sl
 
 encoder = sl.create_encoder("vig_tiny", image_size=1024)
-features = encoder(pixels)                  # tokens, grid, pooled, maps, hidden_states
+features = encoder(pixels)  # tokens, grid, pooled, maps, hidden_states
 sl.list_encoders("vi*")
 ```
 
