@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from sightline.mixers.linear_attention import linear_attention
 from sightline.mixers.mlstm import mlstm
 from sightline.mixers.retention import vision_decays
-from sightline.mixers.selective_scan import selective_scan
+from sightline.mixers.selective_scan import Backend, selective_scan
 
 SIDES, PATCH = (224, 512, 1024, 1248), 16
 HEADS, HEAD, KEYS = 3, 64, 32
@@ -69,8 +69,10 @@ def cases(tokens: int, device: torch.device) -> dict[str, Mix]:
     scanned = draw(1, CHANNELS, tokens)
     steps = [[draw(1, CHANNELS, tokens) - 4, draw(1, STATES, tokens), draw(1, STATES, tokens)] for _ in range(2)]
 
-    def selective(u: Tensor, delta: Tensor, into: Tensor, out_of: Tensor) -> tuple[Tensor, Tensor]:
-        return selective_scan(u, delta, rates, into, out_of)
+    def selective(
+        u: Tensor, delta: Tensor, into: Tensor, out_of: Tensor, *, backend: Backend = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        return selective_scan(u, delta, rates, into, out_of, backend=backend)
 
     return {
         BASELINE: lambda: F.scaled_dot_product_attention(*qkv),
@@ -78,6 +80,7 @@ def cases(tokens: int, device: torch.device) -> dict[str, Mix]:
         "gated linear attention": partial(both_ways, linear_attention, 2, narrow, slow_gates),
         "mLSTM": partial(both_ways, mlstm, 2, qkv, memory_gates),
         "selective scan": partial(both_ways, selective, 2, [scanned], steps),
+        "selective scan, loop in torch": partial(both_ways, partial(selective, backend="torch"), 2, [scanned], steps),
     }
 
 

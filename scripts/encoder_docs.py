@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sightline.encoders.catalogue import record
 from sightline.encoders.encoder import Encoder, MacCounter, count_parameters, create_encoder, encoders
 from sightline.papers import paper
 
@@ -50,50 +51,43 @@ def page(results: Path) -> str:
 
 def configurations() -> Iterator[str]:
     """One row a configuration."""
-    for name, made in encoders().items():
+    for name in encoders():
         try:
             with torch.device("meta"):
                 encoder = create_encoder(name, num_classes=1000).eval()
         except ValueError:  # one that has no classes, or whose classes are pixels'
             with torch.device("meta"):
                 encoder = create_encoder(name).eval()
-        title = title_of(made)
+        title = title_of(name)
         macs, tokens, taken = work(encoder)
         yield f"| `{name}` | {title} | {taken} | {count_parameters(encoder) / 1e6:.2f} | {macs} | {tokens} |"
 
 
-def title_of(made: type[Encoder]) -> str:
+def title_of(name: str) -> str:
     """The paper's title up to its colon, after which most only explain themselves."""
-    slug = getattr(made, "paper", made.__module__.rpartition(".")[2])
-    if slug in OTHERS:
-        return OTHERS[slug]
+    slug = record(name)["paper"]
+    if slug is None:
+        return OTHERS[encoders()[name].__module__.rpartition(".")[2]]
     return paper(slug).title.partition(":")[0].partition(" can be")[0]
 
 
 OTHERS = {"vit": "the plain ViT", "vil": "Vision-LSTM, the blocks of xLSTM-UNet"}
-"""Encoders that stand beside the papers'."""
+"""Modules of encoders that stand beside the papers'."""
 
 
 def work(encoder: Encoder) -> tuple[str, str, str]:
     """Multiply-adds, tokens and the input, in words."""
-    height, width = encoder.image_size
-    shape: tuple[int, ...] = (1, encoder.in_chans, height, width)
+    shape = encoder.example_shape()
+    *before, height, width = shape[1:]
     taken = f"{height}²" if height == width else f"{height} x {width}"
     if encoder.inputs == "clips":
-        shape = (1, encoder.frames or 8, *shape[1:])
-        taken = f"{shape[1]} frames of {taken}"
+        taken = f"{before[0]} frames of {taken}"
     elif encoder.inputs == "volumes":
-        slices = getattr(encoder, "sizes", (height,))[0]
-        shape = (1, encoder.in_chans, slices, height, width)
-        taken = f"{slices} x {taken}"
+        taken = f"{before[-1]} x {taken}"
     elif encoder.inputs == "frame features":
-        shape = (1, encoder.frames or 25, encoder.in_chans)
-        taken = "frame features"
-    try:
-        with MacCounter(encoder) as counter, torch.no_grad():
-            features = encoder(torch.empty(shape, device="meta"))
-    except (NotImplementedError, RuntimeError, ValueError):
-        return "", "", taken
+        taken = f"features of {height} frames"
+    with MacCounter(encoder) as counter, torch.no_grad():
+        features = encoder(torch.empty(shape, device="meta"))
     return f"{counter.macs / 1e9:.3g}", " x ".join(map(str, features.grid)), taken
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import typer
+from command_line import call, refused
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
-from typer.testing import CliRunner
 
 from sightline import cli
 from sightline.cli import app
@@ -109,21 +109,6 @@ SURFACE = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "pico"))
-
-
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def refused(*arguments: str) -> str:
-    """The one sentence on stderr of a command that is refused."""
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("sightline: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.stderr
-    return str(result.stderr)
 
 
 def surface(command: Any, name: str = "") -> dict[str, list[str]]:

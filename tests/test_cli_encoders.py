@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import call, refused
 
-from sightline.cli import app
 from sightline.encoders.encoder import (
     count_macs,
     count_parameters,
@@ -19,20 +18,6 @@ from sightline.encoders.encoder import (
     read_safetensors,
 )
 from sightline.training.encoder import EncoderRecipe
-
-
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def refused(*arguments: str) -> str:
-    """The one sentence on stderr of a command that is refused."""
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("sightline: ")
-    assert result.stderr.count("\n") == 1
-    return str(result.stderr)
 
 
 def test_encoders_lists_all_or_those_of_a_pattern() -> None:

@@ -26,18 +26,8 @@ def made(name: str, num_classes: int = 3) -> Encoder:
 
 
 def inputs_for(encoder: Encoder, batch: int = 2, size: tuple[int, int] | None = None) -> torch.Tensor:
-    height, width = size or encoder.image_size
-    random = torch.Generator().manual_seed(1)
-    shape: tuple[int, ...]
-    if encoder.inputs == "pictures":
-        shape = (batch, encoder.in_chans, height, width)
-    elif encoder.inputs == "clips":
-        shape = (batch, encoder.frames or 4, encoder.in_chans, height, width)
-    elif encoder.inputs == "volumes":
-        shape = (batch, encoder.in_chans, *encoder.sizes)
-    else:
-        shape = (batch, encoder.frames or 12, encoder.feature_dim)
-    return torch.rand(shape, generator=random)
+    shape = encoder.example_shape(batch)
+    return torch.rand((*shape[:-2], *size) if size else shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", SMALL)

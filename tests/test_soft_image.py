@@ -21,7 +21,8 @@ from sightline.grounding.lacing import untrained
 from sightline.picturebook.questions import training_questions
 from sightline.picturebook.scene import random_stream, sample_scene
 from sightline.training import nano, soft_image
-from sightline.training.nano import Packer, State, answer_loss, joint_step
+from sightline.training.nano import Packer, answer_loss, joint_step
+from sightline.training.run import State
 from sightline.training.soft_image import SoftImageRecipe, compare, showing, train
 
 

@@ -43,7 +43,7 @@ def _counted(name: str) -> dict[str, int | None]:
         encoder = create_encoder(name, num_classes=1000 if classifies else 0).eval()
         if kind.inputs == "pictures":
             with MacCounter(encoder) as counter:
-                features = encoder(torch.empty(1, encoder.in_chans, *encoder.image_size))
+                features = encoder(torch.empty(encoder.example_shape()))
                 tokens = features.tokens.shape[1]
                 if classifies:
                     encoder.classify(features)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sightline.encoders.layers import to_map
 from sightline.errors import InputError, unknown
 
 Inputs = Literal["pictures", "clips", "volumes", "frame features"]
@@ -99,6 +100,12 @@ class Encoder(nn.Module, ABC):
     def frames(self) -> int | None:
         """How many frames a clip has to have, None for any number."""
         return None
+
+    def example_shape(self, batch: int = 1) -> tuple[int, ...]:
+        """The shape of inputs of the size that it was made for; of clips, eight frames where any number will do."""
+        if self.inputs == "clips":
+            return (batch, self.frames or 8, self.in_chans, *self.image_size)
+        return (batch, self.in_chans, *self.image_size)
 
     @abstractmethod
     def encode(self, pixels: Tensor, hidden_states: bool) -> Features:
@@ -190,6 +197,37 @@ class Encoder(nn.Module, ABC):
     def adapt_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official state dict, with what `official_keys` cannot say: buffers left out, tables resized."""
         return state
+
+
+def features_of_stages(
+    x: Tensor,
+    grid: tuple[int, int],
+    stages: Sequence[nn.Module] | nn.ModuleList,
+    shrinks: Sequence[nn.Module] | nn.ModuleList,
+    norm: nn.Module,
+    hidden_states: bool,
+) -> Features:
+    """The features of a pyramid on tokens, pooled by their mean.
+
+    Args:
+        x: tokens [B, N, D] that enter the first stage.
+        grid: their rows and columns.
+        stages: each holds its blocks, called with tokens and grid.
+        shrinks: between two stages, tokens and grid -> fewer tokens and their grid.
+        norm: the final norm.
+        hidden_states: whether to keep them.
+    """
+    states, maps = [x], []
+    for number, blocks in enumerate(stages):
+        for block in blocks.children():
+            x = block(x, grid)
+            states.append(x)
+        if number < len(shrinks):
+            maps.append(to_map(x, grid))
+            x, grid = shrinks[number](x, grid)
+    tokens = norm(x)
+    maps.append(to_map(tokens, grid))
+    return Features(tokens, grid, tokens.mean(dim=1), tuple(maps), tuple(states) if hidden_states else ())
 
 
 Made = TypeVar("Made", bound=type[Encoder])
@@ -365,5 +403,5 @@ def count_macs(name: str, *, image_size: int | tuple[int, int] | None = None, **
     if encoder.inputs != "pictures":
         raise InputError(f"{name} takes {encoder.inputs}, not pictures")
     with MacCounter(encoder) as counter, torch.no_grad():
-        encoder.logits(torch.empty(1, encoder.in_chans, *encoder.image_size, device="meta"))
+        encoder.logits(torch.empty(encoder.example_shape(), device="meta"))
     return counter.macs

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.encoders.encoder import Features, register_encoder
-from sightline.encoders.layers import to_map
-from sightline.encoders.official_positions import with_positions
+from sightline.encoders.layers import to_map, with_positions
 from sightline.encoders.vit import SIZES, Block, VisionTransformer
 from sightline.errors import InputError
 from sightline.mixers.attention import Attention

@@ -5,6 +5,7 @@ Shapes: B pictures, N tokens, D width, H x W a map or grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -113,6 +114,27 @@ def resized_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int],
     image = patches.mT.unflatten(2, old).float()
     image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([first, image.flatten(2).mT.to(table.dtype)], dim=1)
+
+
+def with_positions(state: dict[str, Tensor], key: str, grid: tuple[int, int], *, extra: int) -> dict[str, Tensor]:
+    """A state dict whose position table fits `grid`.
+
+    Args:
+        state: of an official checkpoint, whose grid is a square.
+        key: of the table [1, extra + rows * columns, D] in it.
+        grid: the wanted (rows, columns).
+        extra: entries before those of the patches.
+
+    Returns:
+        The state dict with the table resized; as it was where there is no such table, or none of a square grid.
+    """
+    table = state.get(key)
+    if table is None or table.ndim != 3:
+        return state
+    side = math.isqrt(max(0, table.shape[1] - extra))
+    if side * side + extra != table.shape[1] or side == 0:
+        return state
+    return state | {key: resized_positions(table, (side, side), grid, extra=extra)}
 
 
 def init_weights(module: nn.Module) -> None:

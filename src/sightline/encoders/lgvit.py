@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.encoders.encoder import Features, register_encoder
-from sightline.encoders.layers import resized_positions, to_map, to_tokens
-from sightline.encoders.official_positions import with_positions
+from sightline.encoders.layers import resized_positions, to_map, to_tokens, with_positions
 from sightline.encoders.vit import SIZES, VisionTransformer
 from sightline.errors import InputError, unknown
 from sightline.mixers.attention import Attention

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.encoders.encoder import Encoder, Features, register_encoder
+from sightline.encoders.encoder import Encoder, Features, features_of_stages, register_encoder
 from sightline.encoders.layers import DropPath, PatchEmbed, init_weights, rates, to_map, to_tokens
 from sightline.errors import InputError
 from sightline.mixers.hilo import HiLo
@@ -208,17 +208,7 @@ class LITv2(Encoder):
     def encode(self, pixels: Tensor, hidden_states: bool) -> Features:
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
         x = self.patch_norm(self.patch_embed(pixels))
-        states, maps = [x], []
-        for stage, blocks in enumerate(self.stages):
-            for block in blocks.children():
-                x = block(x, grid)
-                states.append(x)
-            if stage < len(self.merges):
-                maps.append(to_map(x, grid))
-                x, grid = self.merges[stage](x, grid)
-        tokens = self.norm(x)
-        maps.append(to_map(tokens, grid))
-        return Features(tokens, grid, tokens.mean(dim=1), tuple(maps), tuple(states) if hidden_states else ())
+        return features_of_stages(x, grid, self.stages, self.merges, self.norm, hidden_states)
 
     def classify(self, features: Features) -> Tensor:
         return self.head(features.pooled)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.encoders.encoder import Features, register_encoder
-from sightline.encoders.official_positions import with_positions
+from sightline.encoders.layers import with_positions
 from sightline.encoders.vit import SIZES, VisionTransformer
 from sightline.errors import InputError, unknown
 

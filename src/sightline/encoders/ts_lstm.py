@@ -61,6 +61,9 @@ class FrameReader(Encoder):
         if self.training and len(pixels) < 2 and any(isinstance(part, nn.BatchNorm1d) for part in self.modules()):
             raise InputError(f"{name} is trained on batches of 2 clips or more, for the statistics of its batch norms")
 
+    def example_shape(self, batch: int = 1) -> tuple[int, ...]:
+        return (batch, self.frames or 25, self.feature_dim)
+
     def wrong_steps(self, steps: int) -> str:
         """What numbers of frames are taken, where this one is not; else nothing."""
         return "" if steps else "at least one frame"

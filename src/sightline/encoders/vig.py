@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sightline.encoders.encoder import Encoder, Features, check_multiple, register_encoder
-from sightline.encoders.layers import LayerNorm2d, SwiGLU, init_weights, rates, to_map, to_tokens
-from sightline.encoders.official_positions import with_positions
+from sightline.encoders.encoder import Encoder, Features, check_multiple, features_of_stages, register_encoder
+from sightline.encoders.layers import LayerNorm2d, SwiGLU, init_weights, rates, to_map, to_tokens, with_positions
 from sightline.encoders.vit import Block, VisionTransformer
 from sightline.errors import InputError
 from sightline.mixers.gated_linear_attention import GatedLinearAttention
@@ -264,17 +263,7 @@ class ViGH(Encoder):
     def encode(self, pixels: Tensor, hidden_states: bool) -> Features:
         x = self.patch_embed(pixels)
         grid = (pixels.shape[-2] // 4, pixels.shape[-1] // 4)
-        states, maps = [x], []
-        for index, blocks in enumerate(self.stages):
-            for block in blocks.children():
-                x = block(x, grid)
-                states.append(x)
-            if index < len(self.downsamples):
-                maps.append(to_map(x, grid))
-                x, grid = self.downsamples[index](x, grid)
-        x = self.norm(x)
-        maps.append(to_map(x, grid))
-        return Features(x, grid, x.mean(dim=1), tuple(maps), tuple(states) if hidden_states else ())
+        return features_of_stages(x, grid, self.stages, self.downsamples, self.norm, hidden_states)
 
     def classify(self, features: Features) -> Tensor:
         return self.head(features.pooled)

@@ -18,7 +18,6 @@ It is the backbone that xLSTM-UNet takes its block from, see `xlstm_unet`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -176,11 +175,9 @@ class ViL(Encoder):
         return self.head(features.pooled)
 
     def adapt_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The position table [1, rows, columns, D] as tokens of our grid; a head left out where we have none."""
+        """The position table [1, rows, columns, D] as tokens of our grid."""
         adapted = {}
         for key, value in state.items():
-            if self.num_classes == 0 and re.fullmatch(r"head(\.1)?\.(weight|bias)", key):
-                continue
             if key.endswith("pos_embed.embed") and value.ndim == 4:
                 value = resized_positions(value.flatten(1, 2), (value.shape[1], value.shape[2]), self.grid)
             adapted[key] = value

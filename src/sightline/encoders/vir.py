@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.encoders.encoder import Features, register_encoder
-from sightline.encoders.layers import resized_positions, to_map
-from sightline.encoders.official_positions import with_positions
+from sightline.encoders.layers import resized_positions, to_map, with_positions
 from sightline.encoders.vit import Block, VisionTransformer
 from sightline.mixers.linear_attention import Mode
 from sightline.mixers.retention import Retention

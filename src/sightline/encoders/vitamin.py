@@ -27,7 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from sightline.encoders.encoder import Encoder, Features, register_encoder
-from sightline.encoders.layers import LayerNorm2d, init_weights, rates, resized_positions, to_map, to_tokens
+from sightline.encoders.layers import (
+    LayerNorm2d,
+    init_weights,
+    rates,
+    resized_positions,
+    to_map,
+    to_tokens,
+    with_positions,
+)
 from sightline.encoders.vit import Block
 from sightline.errors import InputError
 from sightline.mixers.attention import Attention
@@ -194,10 +202,8 @@ class ViTamin(Encoder):
     def adapt_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if any(key.startswith("visual.") for key in state):  # a CLIP pair: leave its text tower out
             state = {key: value for key, value in state.items() if key.startswith("visual.")}
-        for key, table in state.items():
-            if key.endswith("pos_embed") and self.pos_embed is not None:
-                side = math.isqrt(table.shape[1])
-                state[key] = resized_positions(table, (side, side), self.grid)
+        for key in [key for key in state if key.endswith("pos_embed")] if self.pos_embed is not None else []:
+            state = with_positions(state, key, self.grid, extra=0)
         return state
 
     def encode(self, pixels: Tensor, hidden_states: bool) -> Features:

@@ -370,6 +370,9 @@ class XLSTMUNet3d(XLSTMUNet):
     inputs: ClassVar[Inputs] = "volumes"
     dims: ClassVar[int] = 3
 
+    def example_shape(self, batch: int = 1) -> tuple[int, ...]:
+        return (batch, self.in_chans, *self.sizes)
+
 
 def segmentation_loss(logits: Tensor | Sequence[Tensor], target: Tensor, *, batch_dice: bool | None = None) -> Tensor:
     """Soft Dice of the classes but the background plus cross entropy, over all scales.

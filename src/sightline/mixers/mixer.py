@@ -27,9 +27,9 @@ class Mixer(nn.Module, ABC):
             [B, L, D].
         """
 
+    @abstractmethod
     def mixing_macs(self, x: Tensor, grid: tuple[int, ...]) -> int:
         """Multiply-adds of a forward beside those of its linear layers and convolutions, for the whole batch."""
-        raise NotImplementedError
 
 
 class CausalMixer(Mixer):

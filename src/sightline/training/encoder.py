@@ -8,11 +8,10 @@ clipped gradient.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 from sightline.encoders.encoder import Encoder, create_encoder, encoders
 from sightline.errors import InputError, unknown
-from sightline.files import read_json, write_json, write_whole
+from sightline.files import write_whole
 from sightline.training.encoder_tasks import Answer, Examples, Task, task
-from sightline.training.nano import State, progress_bar
+from sightline.training.run import State, append_log, claim, progress_bar
 
 TEST_EXAMPLES = 500
 
@@ -153,7 +152,7 @@ def train(
     wanted = task(recipe.task)
     encoder = recipe.build().to(device).train()  # before the folder is claimed: it refuses what cannot be built
     if out is not None:
-        _claim(recipe, out)
+        claim(recipe, out)
     learnt, tested = data or (
         wanted.examples("train", recipe.examples, recipe.size),
         wanted.examples("test", TEST_EXAMPLES if wanted.answer == "class" else 64, recipe.size),
@@ -183,13 +182,13 @@ def train(
             progress.update(bar, advance=1, description=f"{recipe.encoder}  loss {np.mean(losses[-50:]):.3f}")
             if out is not None and ((step + 1) % 50 == 0 or step + 1 == recipe.steps):
                 line = {"step": step + 1, "loss": float(np.mean(losses[-50:])), "seconds": round(time.time() - started)}
-                _log(out, line)
+                append_log(out, line)
             if state is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps):
                 state.save("joint", step + 1, optimizer)
     encoder.eval()
     scores = evaluate(encoder, tested, wanted, device=device)
     if out is not None and not (out / "encoder.safetensors").exists():
-        _log(out, {"step": recipe.steps, "test": scores})
+        append_log(out, {"step": recipe.steps, "test": scores})
         weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
         write_whole(out / "encoder.safetensors", save(weights))
     return encoder, scores
@@ -291,16 +290,3 @@ def _groups(encoder: Encoder, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [parameter for name, parameter in learning if name not in still], "weight_decay": weight_decay},
         {"params": [parameter for name, parameter in learning if name in still], "weight_decay": 0.0},
     ]
-
-
-def _claim(recipe: EncoderRecipe, out: Path) -> None:
-    file = out / "recipe.json"
-    record = json.loads(json.dumps(asdict(recipe)))
-    if file.exists() and read_json(file) != record:
-        raise InputError(f"{out} holds a run of another recipe; give another folder, or delete it")
-    write_json(file, record)
-
-
-def _log(out: Path, line: dict[str, Any]) -> None:
-    with (out / "log.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")

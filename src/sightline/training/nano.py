@@ -14,20 +14,15 @@ Step `s` always sees the same scenes, so a killed run resumes where its last che
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -56,6 +51,7 @@ from sightline.picturebook.scene import (
     random_stream,
     sample_scene,
 )
+from sightline.training.run import State, append_log, claim, progress_bar
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -397,11 +393,7 @@ def train(
     """
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    recipe_file = out / "recipe.json"
-    text = json.dumps(asdict(recipe), indent=1)
-    if recipe_file.exists() and recipe_file.read_text() != text:
-        raise InputError(f"{out} holds a run of another recipe; give another folder, or delete it")
-    recipe_file.write_text(text)
+    claim(recipe, out)
 
     tokenizer = _tokenizer(recipe, out / "tokenizer")
     packer = Packer(tokenizer, recipe.length)
@@ -493,8 +485,7 @@ class _Run:
         if phase == "joint" and (done % 500 == 0 or done == total):
             with self._precision():
                 line["validation"] = validate(self.model, self.recipe, self.packer)
-        with (self.out / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        append_log(self.out, line)
 
 
 def _tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
@@ -534,56 +525,3 @@ def _groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def schedule(step: int, total: int) -> float:
     """Linear rise over 200 steps, then constant, then a linear fall to nothing over the last fifth."""
     return min(1.0, (step + 1) / 200, (total - step) / (total / 5))
-
-
-def progress_bar(quiet: bool) -> Progress:
-    """The bar that a run shows, unless it is to be quiet."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=quiet
-    )
-
-
-class State:
-    """Weights, optimiser moments and the step reached, in one safetensors file that is replaced atomically."""
-
-    def __init__(self, file: Path, modules: nn.Module) -> None:
-        self.file, self.modules = file, modules
-
-    def resume(self, phase: str, optimizer: torch.optim.Optimizer) -> int:
-        """Loads what the file holds; the step at which `phase` goes on (beyond its end if it is over)."""
-        if not self.file.exists():
-            return 0
-        tensors = load_file(self.file)
-        saved_phase = "joint" if tensors["joint"].item() else "warm-up"
-        named = dict(self.modules.named_parameters())
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
-            for name, buffer in self.modules.named_buffers():  # running statistics
-                if f"buffer/{name}" in tensors:
-                    buffer.copy_(tensors[f"buffer/{name}"])
-        if saved_phase != phase:
-            return 0 if phase == "joint" else sys.maxsize  # not begun yet, or long over
-        for name, parameter in named.items():
-            if f"exp_avg/{name}" in tensors:
-                optimizer.state[parameter] = {
-                    "step": tensors[f"step/{name}"],
-                    "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
-                }
-        return int(tensors["step"].item())
-
-    def save(self, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
-        tensors = {"step": torch.tensor(step), "joint": torch.tensor(phase == "joint")}
-        for name, parameter in self.modules.named_parameters():
-            tensors[f"parameter/{name}"] = parameter.detach().clone()
-            moments = optimizer.state.get(parameter, {})
-            # Also the step: a parameter that a batch does not reach is not stepped.
-            for moment in ("step", "exp_avg", "exp_avg_sq"):
-                if moment in moments:
-                    tensors[f"{moment}/{name}"] = moments[moment].clone()
-        saved = self.modules.state_dict()
-        tensors |= {f"buffer/{n}": b.detach().clone() for n, b in self.modules.named_buffers() if n in saved}
-        partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial)
-        os.replace(partial, self.file)

@@ -12,11 +12,10 @@ resumes where its last checkpoint was written.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sightline.errors import InputError
-from sightline.files import write_json, write_whole
+from sightline.files import write_whole
 from sightline.grounding.lacing import SOFT_IMAGE, untrained
 from sightline.models.loading import load
 from sightline.training.nano import (
     PATCHES,
     Packer,
-    State,
     answer_loss,
     joint_step,
     moved,
-    progress_bar,
     schedule,
     validation_step,
 )
+from sightline.training.run import State, append_log, claim, progress_bar
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -83,7 +81,7 @@ def train(
     """
     torch.set_num_threads(threads)
     model, packer = _loaded(recipe, device)
-    _claim(recipe, out)
+    claim(recipe, out)
     width = int(model.lm_head.in_features)
     soft = nn.ParameterDict({SOFT_IMAGE: nn.Parameter(untrained(PATCHES, width, seed=recipe.seed).to(model.device))})
     optimizer = torch.optim.AdamW(
@@ -106,13 +104,15 @@ def train(
             progress.update(bar, advance=1, description=f"soft image  loss {np.mean(losses[-50:]):.3f}")
             if done % 50 == 0 or done == recipe.steps:
                 line = {"step": done, "loss": round(float(np.mean(losses)), 4), "seconds": round(time.time() - started)}
-                _log(out, line)
+                append_log(out, line)
                 losses.clear()
             if done % checkpoint_every == 0 or done == recipe.steps:
                 state.save("joint", done, optimizer)
     trained = soft[SOFT_IMAGE].detach()
     if first < recipe.steps:
-        _log(out, {"step": recipe.steps, "validation": compare(model, packer, trained, recipe, validation_batches)})
+        append_log(
+            out, {"step": recipe.steps, "validation": compare(model, packer, trained, recipe, validation_batches)}
+        )
     final = out / f"{SOFT_IMAGE}.safetensors"
     write_whole(final, save({SOFT_IMAGE: trained.cpu().contiguous()}))
     return final
@@ -155,14 +155,6 @@ def compare(
     return {name: round(float(np.mean(values)), 4) for name, values in losses.items()}
 
 
-def _claim(recipe: SoftImageRecipe, out: Path) -> None:
-    """Makes `out` the folder of this recipe's run."""
-    file = out / "recipe.json"
-    if file.exists() and json.loads(file.read_text()) != asdict(recipe):
-        raise InputError(f"{out} holds a run of another recipe; give another folder, or delete it")
-    write_json(file, asdict(recipe))
-
-
 def _loaded(recipe: SoftImageRecipe, device: str) -> tuple[LlavaForConditionalGeneration, Packer]:
     """The frozen model, and what packs its prompts."""
     loaded: Any
@@ -174,8 +166,3 @@ def _loaded(recipe: SoftImageRecipe, device: str) -> tuple[LlavaForConditionalGe
             "picturebook-nano, or the checkpoint folder of a run of `sightline train nano`"
         )
     return loaded.requires_grad_(False), Packer(processor.tokenizer, recipe.length)
-
-
-def _log(out: Path, line: dict[str, Any]) -> None:
-    with (out / "log.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")
