@@ -27,9 +27,12 @@ class Mixer(nn.Module, ABC):
             [B, L, D].
         """
 
-    @abstractmethod
     def mixing_macs(self, x: Tensor, grid: tuple[int, ...]) -> int:
-        """Multiply-adds of a forward beside those of its linear layers and convolutions, for the whole batch."""
+        """Multiply-adds of a forward beside those of its linear layers and convolutions, for the whole batch.
+
+        A mixer that is never counted need not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say its multiply-adds")
 
 
 class CausalMixer(Mixer):
