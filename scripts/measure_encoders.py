@@ -57,12 +57,12 @@ def _arms() -> Iterator[Arm]:
         for name, encoder in (("xLSTM-UNet", "xlstm_unet_bot_2d_nano"), ("U-Net", "unet_2d_nano")):
             yield Arm(f"segmentation: {task}", name, encoder, task, 400, steps, batch=8, learning_rate=2e-3)
     for name, encoder in (("xLSTM-UNet", "xlstm_unet_bot_3d_nano"), ("U-Net", "unet_3d_nano")):
-        yield Arm("segmentation: volumes", name, encoder, "volumes", 60, 100, batch=2, learning_rate=2e-3)
+        yield Arm("segmentation: volumes", name, encoder, "volumes", 60, 300, batch=2, learning_rate=2e-3)
     for name, encoder in (("ConvS5", "convs5_nano"), ("ConvLSTM", "conv_lstm_nano")):
-        yield Arm("next frames", name, encoder, "bouncing", 200, 300, batch=8)
+        yield Arm("next frames", name, encoder, "bouncing", 200, 1000, batch=8)
     for name, encoder in (("LRCN", "lrcn_nano"), ("ViViT, factorised", "vivit_fe_nano")):
         overrides = {"frozen": False} if encoder.startswith("vivit") else {}
-        yield Arm("actions", name, encoder, "clips", 1000, 400, overrides)
+        yield Arm("actions", name, encoder, "clips", 1000, 2000, overrides)
     yield from _scarce("picturebook", 2000)
 
 
@@ -91,8 +91,8 @@ def _data(task: str, examples: int, size: int) -> Any:
     return wanted.examples("train", examples, size), wanted.examples("test", tests, size)
 
 
-def measure(arm: Arm, seed: int) -> dict[str, Any]:
-    """Trains one arm and gives its line."""
+def measure(arm: Arm, seed: int, device: str) -> dict[str, Any]:
+    """Trains one arm on a device, scores it on the CPU, and gives its line."""
     import torch
 
     from sightline.encoders.encoder import count_parameters
@@ -111,7 +111,8 @@ def measure(arm: Arm, seed: int) -> dict[str, Any]:
     )
     data = _data(arm.task, arm.examples, recipe.size)
     started = time.perf_counter()
-    encoder, scores = train(recipe, quiet=True, data=data)
+    encoder, scores = train(recipe, quiet=True, data=data, device=device)
+    encoder.cpu()
     seconds = time.perf_counter() - started
     learning = sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
     if arm.comparison == "early exit":
@@ -165,6 +166,7 @@ def rollout(encoder: Any, size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--device", default="cpu", help="where to train")
     parser.add_argument("--only", nargs="+", default=[], help="comparisons that start so")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -180,7 +182,7 @@ def main() -> None:
         and (not given.only or arm.comparison.startswith(tuple(given.only)))
     ]
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(measure, arm, seed) for arm, seed in wanted]
+        waiting = [pool.submit(measure, arm, seed, given.device) for arm, seed in wanted]
         for finished in as_completed(waiting):
             line = finished.result()
             with given.results.open("a") as file:
