@@ -14,7 +14,7 @@ from sightline.errors import InputError
 from sightline.mixers import selective_scan as module
 from sightline.mixers.selective_scan import selective_scan, selective_scan_step
 
-BACKENDS = ("torch", "numba")
+BACKENDS = ("torch", "chunked", "numba")
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias", "state", "gap")
 
 
@@ -108,7 +108,8 @@ def test_backends_agree_in_values_and_gradients(dtype: torch.dtype, length: int,
     bound = 2e-6 if dtype == torch.float32 else 1e-12
     for name, expected in results["torch"].items():
         scale = float(expected.detach().abs().max())
-        torch.testing.assert_close(results["numba"][name], expected, rtol=0, atol=bound * max(scale, 1), msg=name)
+        for backend in ("chunked", "numba"):
+            torch.testing.assert_close(results[backend][name], expected, rtol=0, atol=bound * max(scale, 1), msg=name)
 
 
 def test_blocks_cover_every_channel_of_every_group_once(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
@@ -120,7 +121,7 @@ def test_blocks_cover_every_channel_of_every_group_once(monkeypatch: pytest.Monk
     assert all(group == first // 17 == (end - 1) // 17 and end - first <= 7 for _, group, first, end in blocks)
     assert len(module._blocks(1, 1, 8)) == 2
     values = drawn(channels=51, groups=3)
-    plain, blocked = (selective_scan(**values, backend=backend)[0] for backend in BACKENDS)
+    plain, blocked = (selective_scan(**values, backend=backend)[0] for backend in ("torch", "numba"))
     torch.testing.assert_close(blocked, plain)
 
 

@@ -10,9 +10,11 @@ A is discretised exactly and B by Euler's rule, in float32 at least, as in the o
 `selective_scan_ref`); its gate z is left to the caller. With B and C of shape [B, G, N, L] the channels fall into G
 groups of equal size, each with its own.
 
-Two backends: a loop of torch operations over the tokens, for every device and dtype; and one of compiled loops on the
-CPU by numba (`pip install 'sightline[cpu]'`), forward and gradient. The states of a pass are L E N numbers: the torch
-loop keeps them all for the gradient, the compiled one each 32nd, and computes the others again.
+Three backends: a loop of torch operations over the tokens, for every device and dtype; the same in chunks, some
+2 sqrt(L) operations instead of L, which is what pays where starting an operation takes longer than the operation; and
+compiled loops on the CPU by numba (`pip install 'sightline[cpu]'`), forward and gradient. The states of a pass are
+L E N numbers: the torch loop keeps them all for the gradient, the chunks make several tensors of that size, the compiled
+loop keeps each 32nd, and computes the others again.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
+from sightline.mixers.linear_recurrence import linear_recurrence
 from sightline.mixers.selective_scan_kernels import kernels
 
-Backend = Literal["auto", "torch", "numba"]
+Backend = Literal["auto", "torch", "chunked", "numba"]
 
 KEPT_EVERY = 32
 """Tokens between two states that the compiled scan keeps for its gradient."""
@@ -68,8 +71,8 @@ def selective_scan(
         state: [B, E, N], the state before the first token; zeros if None.
         gap: that broadcasts to [B, E, L]: further time over which the state decays before each token, without input;
             what tokens that have been left out would have taken.
-        backend: `numba` for the compiled loops (CPU only, differentiable once), `torch` for the plain loop; `auto`
-            takes the first where it can.
+        backend: `numba` for the compiled loops (CPU only, differentiable once), `torch` for the plain loop, `chunked`
+            for chunks; `auto` takes the first on a CPU where it can, the last on other devices.
 
     Returns:
         y [B, E, L] in the dtype of u, and the state after the last token [B, E, N] in float32 or float64.
@@ -93,6 +96,8 @@ def selective_scan(
     if _use_kernels(backend, u):
         wanted = torch.is_grad_enabled() and any(value.requires_grad for value in values)
         y, last = _Compiled.apply(*values, wanted)  # type: ignore[no-untyped-call]
+    elif backend == "chunked" or (backend == "auto" and u.device.type != "cpu"):
+        y, last = _chunked(*values)
     else:
         y, last = _loop(*values)
     if D is not None:
@@ -165,6 +170,16 @@ def _loop(times: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
     return torch.stack(outputs, dim=1).mT, h.flatten(1, 2)
 
 
+def _chunked(times: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`_loop`, with the states of all tokens at once."""
+    groups = B.shape[1]
+    times, x = (tensor.unflatten(1, (groups, -1)).movedim(-1, 0)[..., None] for tensor in (times, x))
+    B, C = (tensor.movedim(-1, 0)[:, :, :, None] for tensor in (B, C))
+    decays = torch.exp(times * A.unflatten(0, (groups, -1)))
+    states = linear_recurrence(decays, x * B, state.unflatten(1, (groups, -1)), mode="chunked")
+    return (states * C).sum(-1).flatten(2).movedim(0, -1), states[-1].flatten(1, 2)
+
+
 @functools.cache
 def _has_numba() -> bool:
     try:
@@ -176,7 +191,7 @@ def _has_numba() -> bool:
 
 def _use_kernels(backend: Backend, u: Tensor) -> bool:
     """Whether the compiled scan is to be taken."""
-    if backend == "torch":
+    if backend in ("torch", "chunked"):
         return False
     if backend == "auto":
         return u.device.type == "cpu" and _has_numba()
