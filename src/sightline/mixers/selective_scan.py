@@ -13,8 +13,8 @@ groups of equal size, each with its own.
 Three backends: a loop of torch operations over the tokens, for every device and dtype; the same in chunks, some
 2 sqrt(L) operations instead of L, which is what pays where starting an operation takes longer than the operation; and
 compiled loops on the CPU by numba (`pip install 'sightline[cpu]'`), forward and gradient. The states of a pass are
-L E N numbers: the torch loop keeps them all for the gradient, the chunks make several tensors of that size, the compiled
-loop keeps each 32nd, and computes the others again.
+L E N numbers: the torch loop keeps them all for the gradient, the chunks make several tensors of that size, the
+compiled loop keeps each 32nd, and computes the others again.
 """
 
 from __future__ import annotations
