@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from sightline.models.anatomy import Anatomy, TowerReading
     from sightline.models.boundary import Boundary
-    from sightline.models.call import Call, Encoded, Stream
+    from sightline.models.call import Call, Encoded, Reduced, Stream
+    from sightline.models.rows import AttentionMask, View
 
 STRETCHES_WITH_METHODS = ("reduction", "grounding", "reasoning")
 
@@ -87,13 +88,26 @@ class Method(ABC):
     def install(self, boundary: Boundary) -> None:  # noqa: B027  (most need none)
         """Registers the hooks that the method needs inside the decoder (`boundary.before`, `boundary.after`)."""
 
-    def chosen(self, call: Call, encoded: Encoded) -> list[Tensor] | None:
-        """Which visual tokens reach the decoder: a bool tensor for each image of the encoded batch, or None for all."""
+    def reduced(self, call: Call, encoded: Encoded) -> Reduced | None:
+        """Which visual tokens of an encoded batch reach the decoder, and as what; None: all as they are."""
         return None
 
     def streams(self, call: Call) -> Sequence[Stream]:
         """Extra rows for the forward that is about to read the prompt."""
         return ()
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether `rewrite` is asked at these settings."""
+        return type(self).rewrite is not Method.rewrite
+
+    def rewrite(self, call: Call, view: View, mask: AttentionMask) -> tuple[View, AttentionMask]:
+        """The last word on a view of the prompt, the main one first: other positions (they may be fractions), more
+        columns. All views get the mask that the main one was given, and as many columns."""
+        return view, mask
+
+    def after_prompt(self, call: Call, cache: Any) -> None:  # noqa: B027  (most need none)
+        """Called with the cache that a rewritten prompt has filled; see `Call.cut_cache`."""
 
     def before_prompt(self, call: Call) -> None:  # noqa: B027  (most need none)
         """Called once the prompt's rows are fixed, before the decoder reads them."""
@@ -226,6 +240,13 @@ class Attachment:
         return call.kept if call is not None else None
 
     @property
+    def columns(self) -> Tensor | None:
+        """After a forward: int [B, T], for each column of the prompt that the decoder read, which of the given ones it
+        was (-1: a method put it in), so that labels follow; None when no prompt with a picture was read."""
+        call = self._last_call()
+        return call.columns if call is not None else None
+
+    @property
     def visual_tokens(self) -> list[int]:
         """For each row, the visual tokens that reached the decoder."""
         call = self._last_call()
@@ -236,6 +257,11 @@ class Attachment:
         """For each row, the visual tokens of its prompt."""
         call = self._last_call()
         return call.visual.sum(dim=1).tolist() if call is not None else []
+
+    @property
+    def call(self) -> Call | None:
+        """After a forward or a `generate`: what is known of its prompt; None when no prompt with a picture was read."""
+        return self._last_call()
 
     def _last_call(self) -> Call | None:
         stack = _ATTACHED.get(self.model, [])

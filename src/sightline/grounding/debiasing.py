@@ -280,12 +280,9 @@ def _unknown_token(anatomy: Anatomy) -> int:
 def _first_left(call: Call, encoded: Encoded) -> Tensor:
     """bool [N]: of each image, the first visual token that the other methods leave in the prompt."""
     visible = torch.zeros(len(encoded.features), dtype=torch.bool, device=encoded.features.device)
-    chosen = next(
-        (kept for method in call.boundary.methods if (kept := method.chosen(call, encoded)) is not None), None
-    )
-    images = [image for row in call.images for image in row]
-    for index, (start, _) in enumerate(images):
-        visible[start + (0 if chosen is None else int(chosen[index].int().argmax()))] = True
+    left = next((one for method in call.boundary.methods if (one := method.reduced(call, encoded)) is not None), None)
+    for start, end in (image for row in call.images for image in row):
+        visible[start + (0 if left is None else int(left.keep[start:end].int().argmax()))] = True
     return visible
 
 

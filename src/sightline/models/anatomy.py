@@ -200,6 +200,12 @@ class Anatomy:
         return connector
 
     @property
+    def plain_connector(self) -> bool:
+        """Whether the connector reads [pictures, patches, C] and gives one visual token for each patch, in their order,
+        so that something else may take its place."""
+        return False
+
+    @property
     def language_model(self) -> Any:
         """The decoder without its head, called by `base` with `inputs_embeds=...`."""
         return self.base.get_submodule(self.language_name)

@@ -1,6 +1,6 @@
 """From pictures and questions to a model's inputs, and from what it generates to answers: the same for every family.
 
-At most one picture a question. Prompts come from the processor's own chat template, so that a model is asked in the
+A question shows one picture, several in their order (the frames of a clip), or none. Prompts come from the processor's own chat template, so that a model is asked in the
 form in which it was trained. Answers are greedy, and nothing else is set: what a checkpoint says about its own
 generation (a repetition penalty, say) stays. Every answer is guarded by a limit on tokens and, if wanted, on time.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ FARTHEST = 100.0
 """Margins are clipped to this; a token that a method has ruled out has a logit of minus infinity."""
 
 Stopped = Literal["end", "tokens", "seconds"]
+
+Shown: TypeAlias = "Image | Sequence[Image]"
+"""What a question shows: a picture, or several in their order."""
 
 clock = time.monotonic
 
@@ -92,8 +95,23 @@ def cut_off_mark(answer: Reply, budget: Budget = UNLIMITED) -> str:
     return f" [cut off: {answer.n_tokens} tokens]" if answer.stopped == "tokens" else ""
 
 
-def prompt(processor: Any, question: str, *, picture: bool = True) -> str:
-    """The text of a prompt that shows one picture, or none, and asks a question.
+def pictures_of(shown: Shown | None) -> list[Image]:
+    """The pictures that a question shows, in their order.
+
+    Raises:
+        InputError: for an empty list of them.
+    """
+    if shown is None:
+        return []
+    if not isinstance(shown, Sequence):
+        return [shown]
+    if not shown:
+        raise InputError("there is no picture in the list of pictures; give None to ask without one")
+    return list(shown)
+
+
+def prompt(processor: Any, question: str, *, pictures: int = 1) -> str:
+    """The text of a prompt that shows so many pictures and asks a question.
 
     Raises:
         InputError: if the question is empty.
@@ -101,37 +119,35 @@ def prompt(processor: Any, question: str, *, picture: bool = True) -> str:
     if not question.strip():
         raise InputError("the question is empty: ask something about the picture")
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * picture + [{"type": "text", "text": question}]
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    # Base models such as PaliGemma have no chat template: the picture, then the bare question. Their processor adds
+    # Base models such as PaliGemma have no chat template: the pictures, then the bare question. Their processor adds
     # the start token and the newline that ends a prompt, but takes no prompt without a picture.
-    if picture:
-        return f"{getattr(processor, 'image_token', '<image>')}{question}"
+    if pictures:
+        return f"{getattr(processor, 'image_token', '<image>') * pictures}{question}"
     return f"{_start_token(processor)}{question}\n"
 
 
-def prepare(model: Any, processor: Any, pictures: Sequence[Image | None], questions: Sequence[str]) -> dict[str, Any]:
+def prepare(model: Any, processor: Any, pictures: Sequence[Shown | None], questions: Sequence[str]) -> dict[str, Any]:
     """The inputs of a batch, padded on the left, on the model's device and with pixels of the model's dtype.
 
     Args:
         model: the model.
         processor: its processor.
-        pictures: for each question one picture, RGB, or None: the question is asked without a picture.
+        pictures: for each question one picture, RGB, or several, or None: the question is asked without a picture.
         questions: the questions.
 
     Returns:
         What the processor gives: input_ids [B, S], attention_mask [B, S], pixel_values and what else the family needs;
         no pixel_values where no row has a picture.
     """
-    prompts = [
-        prompt(processor, question, picture=picture is not None)
-        for picture, question in zip(pictures, questions, strict=True)
-    ]
-    seeing = [row for row, picture in enumerate(pictures) if picture is not None]
-    blind = [row for row, picture in enumerate(pictures) if picture is None]
+    shown = [pictures_of(own) for own in pictures]
+    prompts = [prompt(processor, question, pictures=len(own)) for own, question in zip(shown, questions, strict=True)]
+    seeing = [row for row, own in enumerate(shown) if own]
+    blind = [row for row, own in enumerate(shown) if not own]
     parts = []
     if seeing:
-        images = [[pictures[row]] for row in seeing]
+        images = [shown[row] for row in seeing]
         parts.append(_encoded(processor, processor, [prompts[row] for row in seeing], images=images))
     if blind:
         names = getattr(processor, "model_input_names", ())

@@ -3,8 +3,9 @@
 Every family in `transformers` merges image features into the embeddings and then calls its language model with
 `inputs_embeds`, a mask, positions and a cache. Hooks on both sides of that call are enough to
 
-- *drop visual tokens*: the survivors are gathered, and the mask, which keeps growing from the unpruned length, is cut
-  at every later step;
+- *drop or merge visual tokens*: the survivors are gathered, and the mask, which keeps growing from the unpruned length,
+  is cut at every later step;
+- *rewrite rows*: a method may give the prompt's rows other positions, or put columns in;
 - *add rows*: another view of the same prompt (a transformed picture, no picture) rides as extra rows of the batch in
   the same forward and the same cache. A *transient* stream leaves the cache after the prompt has been read; the others
   go on with the main rows, fed the same tokens, and follow them when beam search reorders the cache.
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from sightline.errors import InputError
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
-from sightline.models.call import Call, Encoded, Stream
+from sightline.models.call import Call, Encoded, Reduced, Stream
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Boundary:
     def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
         self.anatomy, self.methods = anatomy, list(methods)
         self._speakers = [method for method in self.methods if method.changes_logits]
+        self._rewriters = [method for method in self.methods if method.rewrites]
         self.last_call: Call | None = None
         self._undo: list[Callable[[], None]] = []
         # The call of each cache that was filled here; None for a prompt without pictures.
@@ -69,13 +71,13 @@ class Boundary:
 
         base.get_image_features = encode_and_remember
         self._undo.append(lambda: _restore(base, "get_image_features", replaced))
-        self._hook(base, self._before_base, before=True)
-        self._hook(anatomy.language_model, self._before_language_model, before=True)
-        self._hook(anatomy.language_model, self._after_language_model)
-        self._hook(anatomy.model, self._after_model)
+        self.hook(base, self._before_base, before=True)
+        self.hook(anatomy.language_model, self._before_language_model, before=True)
+        self.hook(anatomy.language_model, self._after_language_model)
+        self.hook(anatomy.model, self._after_model)
         readings = {name: one for method in self.methods for name, one in method.readings(anatomy).items()}
         for name, reading in readings.items():
-            self._hook(reading.module, self._note(name, reading), before=True)
+            self.hook(reading.module, self._note(name, reading), before=True)
         for method in self.methods:
             method.install(self)
 
@@ -86,7 +88,13 @@ class Boundary:
         self._calls.clear()
         self._call = self._spoken = self._begins = self._encoded = None
 
-    def _hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+    @property
+    def acting(self) -> Call | None:
+        """The call whose rows the decoder runs at this moment, if methods are to act on them."""
+        return None if self._quiet else self._call
+
+    def hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+        """Puts a forward hook, or pre-hook, with keyword arguments on a module, until methods are taken off."""
         put = module.register_forward_pre_hook if before else module.register_forward_hook
         self._undo.append(put(hook, with_kwargs=True).remove)
 
@@ -198,7 +206,7 @@ class Boundary:
         call.seen = read + call.dropped
         call.base_counts = kwargs.get("position_ids") is None
         # Before `base`, as some families make a square mask there; those that make positions there need the whole one.
-        if call.kept is not None and ids is not None and not self.anatomy.mrope:
+        if call.changed and ids is not None and not self.anatomy.mrope:
             mask = _cut_mask(call, kwargs.get("attention_mask"), ids.shape[1])
             return None if mask is None else (args, {**kwargs, "attention_mask": mask})
         return None
@@ -206,7 +214,8 @@ class Boundary:
     def _begin(self, ids: Tensor, visual: Tensor, mask: Tensor | None, given: Any, *, uncached: bool) -> Call:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
-        call = Call(self, ids, visual, mask, self._encoded, prompt_length=ids.shape[1])
+        flat = mask if mask is None or mask.ndim == 2 else None
+        call = Call(self, ids, visual, flat, self._encoded, prompt_length=ids.shape[1])
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if int(visual.sum()) != len(features):
             raise InputError(
@@ -251,7 +260,8 @@ class Boundary:
         positions = positions.expand(*positions.shape[:-2], call.rows, -1)
         real = torch.ones_like(call.visual) if call.mask is None else call.mask.bool()
         deepstack = tuple(call.spread(layer) for layer in call.encoded.deepstack)
-        main = View(embeds, positions, call.visual, real, deepstack)
+        columns = torch.arange(embeds.shape[1], device=embeds.device).expand(call.rows, -1)
+        main = View(embeds, positions, call.visual, real, deepstack, columns)
         mask = kwargs.get("attention_mask")
 
         call.prompt = (main, mask)
@@ -269,61 +279,74 @@ class Boundary:
                 else main.with_features(call.spread(other.features), [call.spread(layer) for layer in other.deepstack])
             )
 
-        keeps = [self._keep(call, call.encoded)]
-        if keeps[0] is not None:
-            keeps += [self._keep(call, stream.encoded or call.encoded) for stream in call.streams]
+        reduced = self._reduced(call, call.encoded)
+        keeps: list[Tensor] = []
+        if reduced is not None:
+            others = [None, *(stream.encoded for stream in call.streams)]
+            for index, (view, other) in enumerate(zip(list(views), others, strict=True)):
+                one = reduced
+                if other is not None and other.readings is not call.encoded.readings:
+                    one = self._reduced(call, other) or reduced
+                keeps.append(call.spread(one.keep))
+                # Features that stand for no picture of their own (a soft image) are left as they are.
+                if one.features is not None and (other is None or one is not reduced):
+                    views[index] = view.with_features(call.spread(one.dense()), view.deepstack)
             compact = all(getattr(method, "positions", "compact") == "compact" for method in self.methods)
-            shortened = [
-                view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True) if keep is not None
-            ]
+            shortened = [view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True)]
             views = [view for view, _ in shortened]
             mask = gather_mask(mask, shortened[0][1], views[0].real)
-            call.dropped = embeds.shape[1] - views[0].embeds.shape[1]
             call.keep, call.kept = keeps[0], _kept(call, keeps[0])
         call.prompt = (views[0], mask)
         for index, stream in enumerate(call.streams, start=1):
             if stream.without_picture:
                 views[index] = views[index].without_picture(keep_positions=stream.keep_positions)
             elif stream.visible is not None:
-                visible, keep = call.spread(stream.visible), keeps[index if len(keeps) > 1 else 0]
-                visible = visible if keep is None else visible[keep]
+                visible = call.spread(stream.visible)
+                visible = visible[keeps[index]] if keeps else visible
                 views[index] = views[index].showing(visible, keep_positions=stream.keep_positions)
+        for method in self._rewriters:
+            rewritten = [method.rewrite(call, view, mask) for view in views]
+            views, mask = [view for view, _ in rewritten], rewritten[0][1]
+            call.prompt, call.rewritten = (views[0], mask), True
 
-        if len(views) > 1 or call.kept is not None:
+        if len(views) > 1 or call.changed:
             kwargs |= stack_views(views)
             kwargs["attention_mask"] = stack_masks(mask, [view.real for view in views], views[0].embeds.shape[1])
+        call.dropped = embeds.shape[1] - views[0].embeds.shape[1]
+        call.columns = views[0].columns
         call.last_position = positions[..., -1:]
         call.shown = [view.visual for view in views]
         lasting = 1 + sum(not stream.transient for stream in call.streams)
         call.real = [view.real for view in views[:lasting]]
+        call.rows_real = torch.cat([view.real for view in views])
         call.padded = not all(bool(real.all()) for real in call.real)
         call.shift = torch.cat([call.last_position - view.positions[..., -1:] for view in views[:lasting]], dim=-2)
         for method in self.methods:
             method.before_prompt(call)
 
-    def _keep(self, call: Call, encoded: Encoded) -> Tensor | None:
-        """bool [visual tokens of all rows], or None when no method drops any."""
+    def _reduced(self, call: Call, encoded: Encoded) -> Reduced | None:
+        """What is left of the visual tokens, or None when no method drops or merges any."""
         for method in self.methods:
-            images = method.chosen(call, encoded)
-            if images is not None:
-                return call.spread(torch.cat(images))
+            reduced = method.reduced(call, encoded)
+            if reduced is not None:
+                return reduced
         return None
 
     def _read_more(self, call: Call, kwargs: dict[str, Any]) -> None:
         embeds: Tensor = kwargs["inputs_embeds"]
         lasting = len(call.real)
-        if lasting == 1 and call.kept is None:
+        if lasting == 1 and not call.changed:
             return
         assert call.shift is not None
         assert call.last_position is not None
-        if call.kept is not None and self.anatomy.mrope:
+        if call.changed and self.anatomy.mrope:
             kwargs["attention_mask"] = _cut_mask(call, kwargs.get("attention_mask"), embeds.shape[1])
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = call.seen + torch.arange(embeds.shape[1], device=embeds.device)[None]
         elif call.base_counts:
             positions = positions + call.dropped
-        elif call.kept is not None:
+        elif call.changed:
             steps = positions[..., -1:] - call.last_position
             if steps.ndim == 3:  # the text's axis comes first, or (Qwen, on a kept cache) is left out
                 steps = steps[0] if len(positions) > 1 else steps[1:].amin(dim=0)
@@ -370,6 +393,8 @@ class Boundary:
             if lasting > 1:
                 _reorder_together(cache, lasting, rows)
             self._calls[cache] = call
+            for method in self._rewriters:
+                method.after_prompt(call, cache)
         call.reading_prompt, call.prompt = False, None
         return output
 
@@ -480,6 +505,8 @@ def _check_prompt(mask: Any, cache: Any) -> None:
         raise InputError(
             "with methods attached generation needs the dynamic cache, not a static one: leave cache_implementation out"
         )
+    if cache is None and isinstance(mask, Tensor) and mask.ndim == 4:
+        return  # a training step, whose rows may hold several questions
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise InputError("with methods attached, give the ordinary attention_mask of shape [rows, length]")
     if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):

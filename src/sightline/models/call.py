@@ -29,7 +29,24 @@ class Encoded:
     deepstack: list[Tensor]
     """Extra features [N, D] for each of the first decoder layers (Qwen3-VL), else empty."""
     readings: dict[str, Tensor] = field(default_factory=dict)
-    """What methods asked to have read off the tower (`Method.readings`), by name, each [pictures, patches]."""
+    """What methods asked to have read off the tower (`Method.readings`), by name, each [pictures, patches] or
+    [pictures, patches, d]."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What is left of the visual tokens of an encoded batch."""
+
+    keep: Tensor
+    """bool [N]: which of their places in the prompt stay."""
+    features: Tensor | None = None
+    """[K, D]: what stands at the places that stay, in their order; None: what the connector gave there."""
+
+    def dense(self) -> Tensor:
+        """`features` at their places among all N, [N, D]; zeros elsewhere."""
+        assert self.features is not None
+        places = self.features.new_zeros(len(self.keep), self.features.shape[-1])
+        return places.masked_scatter(self.keep[:, None], self.features)
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,15 @@ class Call:
     padded: bool = False
     """Whether `real` hides anything."""
     dropped: int = 0
-    """S - T."""
+    """S - T, T being the prompt's columns in the cache."""
+    rewritten: bool = False
+    """Whether a method rewrote the prompt's rows: their columns, or only their positions."""
+    columns: Tensor | None = None
+    """int [B, T]: for each column of the prompt that the decoder read, which of the caller's it was; -1: none."""
+    rows_real: Tensor | None = None
+    """bool [R, T]: as `real`, for the main rows and those of every stream."""
+    layer_tokens: list[int] | None = None
+    """How many of the prompt's columns each decoder layer reads, where methods narrow some; None: all read T."""
     kept: list[list[Tensor]] | None = None
     hidden: list[Tensor] = field(default_factory=list)
     """Final hidden state [B, D] at the last position of each stream that was just read, in the order of `streams`."""
@@ -135,6 +160,30 @@ class Call:
         """How many of the positions that are read now lie at or after the prompt's end: one while the prompt is read,
         more where, without a cache, what was generated is read again with it."""
         return self.input_ids.shape[1] - self.prompt_length + 1 if self.reading_prompt else 1
+
+    @property
+    def changed(self) -> bool:
+        """Whether the decoder read other rows than the caller's: fewer columns, more, or other positions."""
+        return self.kept is not None or self.rewritten
+
+    def cut_cache(self, cache: Any, stays: Tensor) -> None:
+        """Leaves only some of the prompt's columns in a cache that was just filled. For `Method.after_prompt`.
+
+        Args:
+            cache: a dynamic cache of layers that do not slide.
+            stays: bool [B, T], alike for the rows of all streams.
+        """
+        lasting = len(self.real)
+        stays = torch.cat([stays & real for real in self.real])
+        columns = stays.int().argsort(dim=1, stable=True)[:, -int(stays.sum(dim=1).max()) :]
+        for layer in cache.layers:
+            places = columns[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, places), layer.values.gather(2, places)
+        self.dropped += stays.shape[1] - columns.shape[1]
+        self.real = list(stays.gather(1, columns).chunk(lasting))
+        shown = torch.cat(self.shown[:lasting]).gather(1, columns)
+        self.shown = list((shown & torch.cat(self.real)).chunk(lasting))
+        self.padded = not all(bool(real.all()) for real in self.real)
 
     def key_columns(self, keys: int, queries: int) -> slice:
         """Which of the columns read so far the keys of a layer are: all of them, or the last, in a layer that slides.

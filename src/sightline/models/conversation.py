@@ -25,7 +25,7 @@ from transformers import LogitsProcessor
 from sightline.errors import InputError
 from sightline.methods import Method, attach, check_composition
 from sightline.models import answering
-from sightline.models.answering import UNLIMITED, Budget, Reply, Stopped, end_tokens, prepare, reply
+from sightline.models.answering import UNLIMITED, Budget, Reply, Shown, Stopped, end_tokens, pictures_of, prepare, reply
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,7 +157,7 @@ class Strategy(Method):
         self,
         model: Any,
         processor: Any,
-        picture: Image | None,
+        picture: Shown | None,
         question: str,
         max_new_tokens: int = 64,
         methods: Sequence[Method] = (),
@@ -182,7 +182,7 @@ def strategy_of(chosen: Sequence[Method]) -> tuple[Strategy | None, tuple[Method
 def answer(
     model: Any,
     processor: Any,
-    picture: Image | None,
+    picture: Shown | None,
     question: str,
     chosen: Sequence[Method] = (),
     max_new_tokens: int = 64,
@@ -210,7 +210,7 @@ def converse(
     strategy: Strategy,
     model: Any,
     processor: Any,
-    items: Sequence[tuple[Image | None, str]],
+    items: Sequence[tuple[Shown | None, str]],
     max_new_tokens: int,
     methods: Sequence[Method] = (),
     *,
@@ -232,11 +232,17 @@ def converse(
         budget: what each item's calls may use together. Requests that one item makes at the same time share what is
             left evenly. An item ends at the call that the budget cuts off, and has an empty text where its strategy
             had no answer by then.
+
+    Raises:
+        InputError: if an item shows several pictures: a strategy looks at one.
     """
     check_composition([*methods, strategy])
     talk = Talk(model, processor)
     steps = _one_plain_call if strategy.is_identity else strategy.steps
-    talks = [_Conversation(steps(*item, max_new_tokens, talk), budget) for item in items]
+    talks = [
+        _Conversation(steps(_only(strategy, shown), question, max_new_tokens, talk), budget)
+        for shown, question in items
+    ]
     while any(one.pending for one in talks):
         asked = [(one, request) for one in talks for request in one.pending]
         responses = iter(
@@ -328,6 +334,13 @@ class _Conversation:
         tokens = tuple(talk.tokenizer(self.result, add_special_tokens=False)["input_ids"]) if self.result else ()
         text = self.result.strip()
         return Reply(text, len(tokens), None, self.cut or "end", tokens, self.calls, self.generated)
+
+
+def _only(strategy: Strategy, shown: Shown | None) -> Image | None:
+    pictures = pictures_of(shown)
+    if len(pictures) > 1:
+        raise InputError(f"{strategy.name} looks at one picture a question, not at {len(pictures)}")
+    return pictures[0] if pictures else None
 
 
 def _one_plain_call(picture: Image | None, question: str, max_new_tokens: int, talk: Talk) -> Steps:

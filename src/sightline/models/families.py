@@ -86,6 +86,10 @@ class Llava(_ClipAnatomy):
     def rasters(self) -> bool:
         return self._picture_tokens() == super()._picture_tokens()
 
+    @property
+    def plain_connector(self) -> bool:
+        return self.rasters and self.vision_config.model_type != "pixtral"
+
     def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
         if self.cls is None:
             return super().cls_scores(row, inputs)
@@ -344,6 +348,10 @@ class Idefics3(Anatomy):
 @register_family("paligemma")
 class PaliGemma(Anatomy):
     """PaliGemma (Gemma decoder) and PaliGemma 2 (Gemma 2 decoder, which caps its logits)."""
+
+    @property
+    def plain_connector(self) -> bool:
+        return True
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         logits = super().head_logits(hidden)

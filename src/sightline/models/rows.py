@@ -31,6 +31,8 @@ class View:
     """bool [B, S]: columns that are no padding and not hidden."""
     deepstack: tuple[Tensor, ...] = ()
     """For each of the first decoder layers, extra features [visual tokens, D] in row-major order of `visual`."""
+    columns: Tensor | None = None
+    """int [B, S], if it is kept: which of the caller's columns each one was; -1: none of them."""
 
     def with_features(self, features: Tensor, deepstack: Sequence[Tensor]) -> View:
         """The same prompt with other image features [visual tokens, D] in it."""
@@ -65,6 +67,7 @@ class View:
                 visual=self.visual.gather(1, columns) & real,
                 real=real,
                 deepstack=tuple(layer[keep] for layer in self.deepstack),
+                columns=None if self.columns is None else self.columns.gather(1, columns),
             ),
             columns,
         )
@@ -81,7 +84,7 @@ class View:
             first = positions.masked_fill(~self.real, nowhere).amin(dim=-1, keepdim=True)
             positions = first + (real.long().cumsum(dim=1) - 1).clamp(min=0)
         deepstack = tuple(layer[visible] for layer in self.deepstack) if bool(visible.any()) else ()
-        return View(self.embeds, positions, shown, real, deepstack)
+        return replace(self, positions=positions, visual=shown, real=real, deepstack=deepstack)
 
     def without_picture(self, *, keep_positions: bool) -> View:
         """All visual tokens hidden."""

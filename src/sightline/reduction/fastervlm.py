@@ -39,5 +39,4 @@ class FasterVLM(TokenReducer):
     needs_cls: ClassVar[bool] = True
 
     def scores(self, image: ImageTokens) -> Tensor:
-        assert image.cls is not None
         return image.cls

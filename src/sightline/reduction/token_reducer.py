@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import Method, in_range
+from sightline.models.call import Reduced
 
 if TYPE_CHECKING:
     from sightline.models.call import Call, Encoded
@@ -18,21 +18,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What a paper may score the visual tokens of one image by."""
+    """What a paper may score or merge the visual tokens of one image by."""
 
     features: Tensor
     """[n, D]: the connector's output, in the order of the prompt."""
-    cls: Tensor | None
-    """float32 [n]: the attention that the tower's [CLS] token pays them, for methods with `needs_cls`. A token that is
-    no patch (a newline) has -inf."""
+    index: int = 0
+    """The image's number in its row."""
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of the raster that the tokens are, if they are one."""
+    readings: dict[str, Tensor] = field(default_factory=dict)
+    """What `Method.readings` asked for, float32 [n] or [n, d]. A token that is no patch (a newline) has -inf."""
+
+    @property
+    def cls(self) -> Tensor:
+        """float32 [n]: the attention that the tower's [CLS] token pays the tokens, for methods with `needs_cls`."""
+        return self.readings["cls"]
 
 
 @dataclass(frozen=True)
 class TokenReducer(Method):
     """Keeps the share `keep` of every image's visual tokens, those with the highest scores, in their order; the paper's
-    file writes `scores`.
+    file writes `scores`, or `reduce` where tokens are merged.
 
-    The others are dropped before the first decoder layer: prefill, cache and decoding all shrink.
+    The others are gone before the first decoder layer: prefill, cache and decoding all shrink.
 
     Args:
         keep: share of each image's visual tokens that is kept, in (0, 1]; at least one token. 1 is the stock model.
@@ -59,19 +67,37 @@ class TokenReducer(Method):
     def identity(self) -> Self:
         return replace(self, keep=1.0)
 
-    @abstractmethod
     def scores(self, image: ImageTokens) -> Tensor:
         """A score for each visual token of one image, [n]; the highest are kept."""
+        raise NotImplementedError(f"{type(self).__name__} writes neither scores nor reduce")
 
-    def chosen(self, call: Call, encoded: Encoded) -> list[Tensor]:
-        """For each image of the encoded batch, bool [n]: which of its visual tokens stay."""
+    def reduce(self, image: ImageTokens) -> tuple[Tensor, Tensor | None]:
+        """What is left of one image: bool [n], the places that stay, and [K, D], what stands there if it is not what
+        was there. By default the places with the highest scores, as they were."""
+        scores = self.scores(image)
+        best = scores.topk(self.budget(len(scores))).indices
+        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill(0, best, True), None
+
+    def budget(self, tokens: int) -> int:
+        """How many of an image's tokens are kept."""
+        return max(1, round(self.keep * tokens))
+
+    def reduced(self, call: Call, encoded: Encoded) -> Reduced:
+        anatomy = call.boundary.anatomy
         inputs = {**encoded.inputs, "input_ids": call.inputs["input_ids"]}
-        cls = call.boundary.anatomy.cls_scores(encoded.readings["cls"], inputs) if self.needs_cls else None
+        read = {name: anatomy.cls_scores(encoded.readings[name], inputs) for name in self.readings(anatomy)}
+        grids = anatomy.grids(inputs)
         ranges = [image for row in call.images for image in row]
-        chosen = []
+        numbers = [number for row in call.images for number in range(len(row))]
+        left = []
         for index, (first, last) in enumerate(ranges):
-            image = ImageTokens(encoded.features[first:last], cls[index] if cls is not None else None)
-            scores = self.scores(image)
-            best = scores.topk(max(1, round(self.keep * len(scores)))).indices
-            chosen.append(torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill(0, best, True))
-        return chosen
+            readings = {name: images[index] for name, images in read.items()}
+            left.append(self.reduce(ImageTokens(encoded.features[first:last], numbers[index], grids[index], readings)))
+        keep = torch.cat([stays for stays, _ in left])
+        if all(features is None for _, features in left):
+            return Reduced(keep)
+        parts = [
+            encoded.features[first:last][stays] if features is None else features
+            for (first, last), (stays, features) in zip(ranges, left, strict=True)
+        ]
+        return Reduced(keep, torch.cat(parts))
