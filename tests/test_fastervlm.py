@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import attach
-from sightline.reduction.fastervlm import FasterVLM
+from sightline.reduction.fastervlm import FasterVLM, diverse
+from sightline.reduction.token_reducer import ImageTokens
 
 
 def top(scores: list[float], count: int) -> list[int]:
@@ -47,9 +48,43 @@ def eager_cls_rows(model: Any, pixels: Tensor, layer: int) -> list[list[float]]:
 
 def test_the_defaults() -> None:
     method = FasterVLM()
-    assert dataclasses.asdict(method) == {"keep": 0.25, "positions": "compact"}
+    assert dataclasses.asdict(method) == {"keep": 0.25, "positions": "compact", "important_ratio": 1.0}
     assert method.paper == "fastervlm"
     assert method.needs_cls
+
+
+def slow_diverse(features: list[list[float]], budget: int) -> list[int]:
+    """VisPruner's second part with plain lists: by turns into a and b, of a the eight most like one in b go."""
+
+    def cosine(one: list[float], other: list[float]) -> float:
+        norms = sum(x * x for x in one) ** 0.5 * sum(x * x for x in other) ** 0.5
+        return sum(x * y for x, y in zip(one, other, strict=True)) / norms
+
+    left = list(range(len(features)))
+    while len(left) > budget:
+        here, there = left[0::2], left[1::2]
+        nearest = {one: max(cosine(features[one], features[other]) for other in there) for one in here}
+        gone = sorted(here, key=lambda one: -nearest[one])[: min(8, len(left) - budget)]
+        left = [one for one in left if one not in gone]
+    return left
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(30, 11), (9, 1), (31, 30), (5, 5)])
+def test_the_diverse_ones_are_those_of_plain_lists(tokens: int, budget: int) -> None:
+    features = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(tokens))
+    assert diverse(features, budget).tolist() == slow_diverse(features.tolist(), budget)
+
+
+def test_the_background_keeps_a_token_when_some_are_chosen_for_diversity() -> None:
+    """Sixty tokens of one object that [CLS] looks at, one of another thing that it passes over."""
+    features = torch.cat([torch.tensor([[1.0, 0.0]]).repeat(60, 1), torch.tensor([[0.0, 1.0]])])
+    image = ImageTokens(features, readings={"cls": torch.linspace(1, 0, 61)})
+    plain, _ = FasterVLM(keep=0.5).reduce(image)
+    varied, _ = FasterVLM(keep=0.5, important_ratio=0.5).reduce(image)
+    assert plain.nonzero()[:, 0].tolist() == list(range(30))
+    assert int(varied.sum()) == 30
+    assert varied[:15].all()
+    assert varied[60]
 
 
 # hidden_states has the embeddings first: entry k >= 0 is the output of layer k - 1. From the end the indices agree.

@@ -9,6 +9,12 @@ Only the one query's row is computed, in float32, from the layer's input, so the
 kernel. The choice depends on the picture alone, never on the question. Positions are numbered anew over the shortened
 prompt, as in the official code (Theia-4869/FasterVLM, `clip_encoder.py`, `llava_arch.py`).
 
+Its authors' successor VisPruner (Zhang et al., ICCV 2025, arXiv:2412.01818v2) chooses only the share `important_ratio`
+of the budget so, and the rest for being unlike each other: what [CLS] passes over is the background, whose tokens are
+many and alike. The tokens that are left, in the order of their attention, fall by turns into halves a and b; of a,
+those with the most similar one in b (cosine) go, eight at a time, until the budget is met. There tokens are compared
+before the connector, here after it.
+
 For LLaVA-NeXT the official code takes the same T from each tile and from the base picture and drops the newline tokens.
 Here an image's tiles compete for its budget together, each with the [CLS] attention of its own pass; newline tokens
 score lowest and so go first. For InternVL a visual token is scored by the sum over the four patches that pixel shuffle
@@ -18,13 +24,17 @@ makes it from.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from sightline.methods import register
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sightline.methods import in_range, register
 from sightline.reduction.token_reducer import ImageTokens, TokenReducer
 
-if TYPE_CHECKING:
-    from torch import Tensor
+GONE_AT_ONCE = 8
+"""Tokens that go between two comparisons, as in VisPruner."""
 
 
 @register
@@ -32,11 +42,48 @@ if TYPE_CHECKING:
 class FasterVLM(TokenReducer):
     """Keeps the visual tokens that the vision tower's [CLS] token attends to most.
 
-    The paper's budgets for LLaVA-1.5 are 288, 144, 58 and 29 of 576 tokens: `keep` 0.5, 0.25, 0.1, 0.05.
+    Args:
+        keep: share of each image's visual tokens that is kept, in (0, 1]. The paper's budgets for LLaVA-1.5 are 288,
+            144, 58 and 29 of 576 tokens: 0.5, 0.25, 0.1, 0.05.
+        positions: as in `TokenReducer`.
+        important_ratio: share of the budget that [CLS] chooses, in [0, 1]: 1 in the paper; below it, the rest is
+            chosen for diversity as in VisPruner, whose code takes 0.5.
     """
 
     paper: ClassVar[str] = "fastervlm"
     needs_cls: ClassVar[bool] = True
 
+    important_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(self, "important_ratio", 0, 1)
+
     def scores(self, image: ImageTokens) -> Tensor:
         return image.cls
+
+    def reduce(self, image: ImageTokens) -> tuple[Tensor, Tensor | None]:
+        budget = self.budget(len(image.features))
+        by_attention = image.cls.argsort(descending=True, stable=True)
+        important = int(budget * self.important_ratio)
+        rest = by_attention[important:]
+        patches = rest[image.cls[rest].isfinite()]
+        others = patches[diverse(image.features[patches], budget - important)]
+        chosen = torch.cat([by_attention[:important], others])
+        if len(chosen) < budget:  # newlines, where there are not enough patches
+            chosen = torch.cat([chosen, rest[len(patches) :][: budget - len(chosen)]])
+        return torch.zeros_like(image.cls, dtype=torch.bool).index_fill(0, chosen, True), None
+
+
+def diverse(features: Tensor, budget: int) -> Tensor:
+    """Which of the tokens [n, D] are left when one of those most alike goes until `budget` are: ascending indices."""
+    unit = functional.normalize(features.detach().float(), dim=-1)
+    left = torch.arange(len(unit), device=unit.device)
+    while len(left) > max(budget, 0):
+        here, there = left[0::2], left[1::2]
+        if len(there) == 0:
+            return left[:budget]
+        nearest = (unit[here] @ unit[there].T).amax(dim=1)
+        gone = nearest.argsort(descending=True, stable=True)[: min(GONE_AT_ONCE, len(left) - budget)]
+        left = left[~torch.isin(left, here[gone])]
+    return left
