@@ -23,14 +23,27 @@ from sightline.grounding.contrastive_decoding import PictureView
 from sightline.grounding.hidden_steering import HiddenSteering
 from sightline.methods import Method, methods
 from sightline.models.anatomy import Anatomy
+from sightline.models.narrowing import slides
+from sightline.reduction.layer_reducer import LayerReducer
 from sightline.reduction.token_reducer import ImageTokens, TokenReducer
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "atp_llava": {"weights": "untrained", "strictness": 1.5},
+    "b_vllm": {"selected": 4, "queries": 4, "width": 16, "heads": 2, "weights": "untrained"},
     "damro": {"k": 4},
     "fastervlm": {"keep": 0.4},
     "imbalanced_attention": {"spatial_ratio": 0.1, "head_modulation": "proportional", "boost_prefill": "always"},
+    "inference_optimal": {"stride": 2, "weights": "untrained"},
     "lacing": {"cfg_scale": 2.0, "soft_image": "untrained"},
+    "mqt": {"tokens": 5, "max_tokens": 16, "weights": "untrained"},
     "pai": {"boost_prefill": "always"},
+    "red_villm": {"parts": "temporal", "weights": "untrained"},
+    "simvlg": {"layers": 3},
+    "storm": {"temporal_pool": 2, "spatial_pool": 2, "weights": "untrained"},
+    "tome": {"keep": 0.4},
+    "videollm_mod": {"weights": "untrained"},
+    "visionzip": {"contextual": 0.5},
+    "voco_llama": {"tokens": 2, "weights": "untrained"},
 }
 NAMES: tuple[str, ...] = tuple(name for name, kind in methods().items() if kind.attaches)
 """The methods that attach to a model. (Strategies, which ask it several times, have tests of their own.)"""
@@ -64,6 +77,19 @@ def refusal_on(name: str, anatomy: Anatomy) -> str | None:
     """The same, of any model."""
     if methods()[name].needs_cls and anatomy.cls is None:
         return r"needs a vision tower with a \[CLS\] token"
+    if name in ("mqt", "inference_optimal", "storm", "red_villm", "b_vllm") and not anatomy.plain_connector:
+        return "takes the place of a connector that maps each patch"
+    if name == "voco_llama" and slides(anatomy):
+        return "with sliding layers: their windows count what is in the cache"
+    if issubclass(methods()[name], LayerReducer):
+        if slides(anatomy):
+            return "the windows of its sliding layers count what is in the cache"
+        if name == "atp_llava" and anatomy.family == "qwen3_vl":
+            return "must act at a layer from 2 on"
+    if name in ("fopru", "visionzip") and anatomy.connected_layer is None:
+        return "it is not known which of them make which visual token"
+    if name == "tome" and not anatomy.patches_are_tokens:
+        return "each of whose patches is a visual token of its own"
     return "visual tokens are no raster" if name == "agla" and not anatomy.rasters else None
 
 

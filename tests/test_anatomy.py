@@ -434,9 +434,9 @@ def test_towers_without_a_cls_token_say_so(family: str) -> None:
     model = tiny.tiny_model(family)
     anatomy = Anatomy.of(model)
     assert (anatomy.cls is not None) == (family in CLS_FAMILIES)
-    if family not in CLS_FAMILIES:
-        with pytest.raises(InputError, match=r"no \[CLS\] token"):
-            anatomy.cls_scores(torch.zeros(3, 16), tiny.inputs(family, model))
+    if family in MROPE_FAMILIES:
+        with pytest.raises(InputError, match=rf"{family} .*not known which of them make which visual token"):
+            anatomy.on_tokens(torch.zeros(3, 16), tiny.inputs(family, model))
 
 
 @pytest.mark.parametrize("family", CLS_FAMILIES)
@@ -495,7 +495,7 @@ def test_cls_is_none_when_no_layer_made_the_features_or_cls_is_itself_a_token() 
 def test_cls_scores_of_llava_are_the_rows_themselves() -> None:
     model = tiny.tiny_model("llava")
     rows = torch.rand(4, 16)
-    scores = Anatomy.of(model).cls_scores(rows, tiny.inputs("llava", model, images_per_row=[2, 1, 1]))
+    scores = Anatomy.of(model).on_tokens(rows, tiny.inputs("llava", model, images_per_row=[2, 1, 1]))
     assert torch.equal(torch.stack(scores), rows)
 
 
@@ -503,7 +503,7 @@ def test_cls_scores_of_llava_next_follow_the_packing_of_the_tiles() -> None:
     model = tiny.tiny_model("llava_next")
     batch = tiny.inputs("llava_next", model, images_per_row=[1, 2, 0])
     rows = torch.rand(3 + 3 + 5, 16)
-    scores = Anatomy.of(model).cls_scores(rows, batch)
+    scores = Anatomy.of(model).on_tokens(rows, batch)
     first = 0
     for size, got in zip(tiny.SIZES, scores, strict=True):
         down, across = tiny.TILINGS[size]
@@ -534,7 +534,7 @@ def test_cls_scores_of_internvl_add_up_the_patches_of_a_token() -> None:
         ]
         for tiles in ([0], [1, 2, 3])
     ]
-    for got, want in zip(Anatomy.of(model).cls_scores(rows, batch), expected, strict=True):
+    for got, want in zip(Anatomy.of(model).on_tokens(rows, batch), expected, strict=True):
         torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=0)
 
 

@@ -268,6 +268,13 @@ class Attachment:
         boundary = stack[-1]._boundary if self in stack else None
         return self._final_call if boundary is None or boundary.last_call is None else boundary.last_call
 
+    def answers_from(self, column: int) -> None:
+        """Says, for training, that in the rows given from here on answers begin at this column: what methods do then
+        depends on the prompt before it alone, as when an answer is generated."""
+        boundary = _ATTACHED[self.model][-1]._boundary
+        assert boundary is not None
+        boundary.prompt_length = column
+
     def detach(self) -> None:
         """Takes the methods off the model; does nothing when they are off already."""
         stack = _ATTACHED.get(self.model, [])

@@ -95,7 +95,7 @@ class Damro(ContrastiveDecoding):
         anatomy, row = call.boundary.anatomy, call.encoded.readings[self._reading]
         # Scored by its picture's number, each token says which picture (tile) it comes from.
         numbers = torch.arange(len(row), dtype=row.dtype, device=row.device)[:, None].expand_as(row)
-        images = zip(anatomy.cls_scores(row, call.inputs), anatomy.cls_scores(numbers, call.inputs), strict=True)
+        images = zip(anatomy.on_tokens(row, call.inputs), anatomy.on_tokens(numbers, call.inputs), strict=True)
         return (Stream(self, visible=torch.cat([self._outliers(scores, pictures) for scores, pictures in images])),)
 
     def _outliers(self, scores: Tensor, pictures: Tensor) -> Tensor:

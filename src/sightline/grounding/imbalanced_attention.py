@@ -101,10 +101,10 @@ class Paint(GuidedBoost):
 
     def boosts(self, call: Call) -> Tensor:
         anatomy, readings = call.boundary.anatomy, call.encoded.readings
-        first, late = (anatomy.cls_scores(readings[name], call.inputs) for name in ("cls of the first layer", "cls"))
+        first, late = (anatomy.on_tokens(readings[name], call.inputs) for name in ("cls of the first layer", "cls"))
         received = first  # not looked at unless asked for
         if self.spatial_ratio > 0:
-            received = anatomy.cls_scores(readings["received in the first layer"], call.inputs)
+            received = anatomy.on_tokens(readings["received in the first layer"], call.inputs)
         return torch.cat([self.factors(*image) for image in zip(first, received, late, strict=True)])
 
     def factors(self, first: Tensor, received: Tensor, late: Tensor) -> Tensor:

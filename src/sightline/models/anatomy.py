@@ -2,8 +2,9 @@
 
 `Anatomy.of(model)` gives a small object that answers, for every supported family alike: which module is the vision
 tower, the connector, the decoder; which positions of a prompt are visual, to which image they belong and on which grid
-they lie; how the [CLS] token of the tower attends to its patches; how a picture is taken out of the model's inputs and
-put back. The families themselves are in `families.py`, one small class each; no model class is named there or here.
+they lie; what can be read off the tower's patches (attention, keys) and which tokens they make; how a picture is taken
+out of the model's inputs and put back. The families themselves are in `families.py`, one small class each; no model
+class is named there or here.
 
 Words: a *picture* is one square that the tower encodes, an *image* is what the user gave. Families that cut an image
 into tiles (LlavaNext, LlavaOnevision, InternVL, Idefics3, SmolVLM) encode several pictures for one image. Images are
@@ -25,6 +26,7 @@ The methods below that take `inputs` take either form, unless they say what they
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -57,45 +59,76 @@ NORMALISATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "qwen2_5_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "internvl_vision": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
+# Towers whose layers are alike: [layer_norm1, self_attn, layer_norm2, mlp], with q_proj and k_proj inside.
+PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
 STANDARD = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)  # one half each: SigLIP and what is made after it
 
 
 class TowerReading(ABC):
-    """Something read off a self-attention of the vision tower, one number a patch.
+    """Something read off a self-attention of the vision tower, a number or a vector for each patch.
 
     Hook `module` with `register_forward_pre_hook(hook, with_kwargs=True)` and give the hook's arguments to `read`. What
     is read is recomputed from the module's input, whatever attention implementation the tower runs with.
+
+    Args:
+        module: the layer's self-attention.
+        leading: how many tokens stand before the patches: 1 where the tower has a [CLS] token.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, *, leading: int = 1) -> None:
+        self.module, self.leading = module, leading
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """`row` of the hidden states among the arguments that a forward pre-hook of `module` gets."""
-        return self.row(args[0] if args else kwargs["hidden_states"])
+        return self.row(args[0] if args else kwargs["hidden_states"], visible_keys(kwargs.get("attention_mask")))
 
     @abstractmethod
-    def row(self, hidden_states: Tensor) -> Tensor:
-        """[pictures, 1 + patches, width] (the module's input) -> float32 [pictures, patches], [CLS] itself left out."""
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What is read, [CLS] itself left out.
 
-    def weights(self, hidden_states: Tensor, queries: slice, *, split: bool = True) -> Tensor:
-        """softmax(Q K^T * scale) of some queries over all 1 + patches keys, float32 [pictures, heads, queries, keys].
+        Args:
+            hidden_states: the module's input, [pictures, leading + patches, width].
+            visible: bool [pictures, leading + patches]: which of them are no padding; None: all.
+
+        Returns:
+            float32 [pictures, patches], or [pictures, patches, d].
+        """
+
+    def keys(self, hidden_states: Tensor) -> Tensor:
+        """The keys of all heads side by side, [pictures, leading + patches, heads * head_dim]."""
+        module: Any = self.module
+        key: Tensor = module.k_proj(hidden_states)
+        return module.k_norm(key) if hasattr(module, "k_norm") else key  # InternVL normalises over all heads together
+
+    def weights(
+        self, hidden_states: Tensor, queries: slice, visible: Tensor | None = None, *, split: bool = True
+    ) -> Tensor:
+        """softmax(Q K^T * scale) of some queries over all keys, float32 [pictures, heads, queries, keys].
 
         `split=False` takes the full width as one single head.
         """
         module: Any = self.module
         heads, width = int(module.num_heads), int(module.head_dim)
-        query = module.q_proj(hidden_states[:, queries])
-        key = module.k_proj(hidden_states)
-        if hasattr(module, "q_norm"):  # InternVL normalises over all heads together
-            query, key = module.q_norm(query), module.k_norm(key)
+        query, key = module.q_proj(hidden_states[:, queries]), self.keys(hidden_states)
+        if hasattr(module, "q_norm"):
+            query = module.q_norm(query)
         scale = float(module.scale) if split else (heads * width) ** -0.5
         if not split:
             heads, width = 1, heads * width
         query = query.unflatten(-1, (heads, width)).transpose(1, 2)
         key = key.unflatten(-1, (heads, width)).transpose(1, 2)
-        logits: Tensor = query @ key.transpose(-1, -2) * scale
-        return logits.float().softmax(dim=-1)
+        logits: Tensor = (query @ key.transpose(-1, -2) * scale).float()
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+        return logits.softmax(dim=-1)
+
+
+def visible_keys(mask: Tensor | None) -> Tensor | None:
+    """bool [pictures, keys] from the mask that a self-attention of a tower is given, of whatever form."""
+    if mask is None:
+        return None
+    mask = mask[:, 0, 0] if mask.ndim == 4 else mask
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
 class ClsAttention(TowerReading):
@@ -103,28 +136,52 @@ class ClsAttention(TowerReading):
 
     Args:
         module: the layer's self-attention.
+        leading: how many tokens stand before the patches, [CLS] the first of them.
         split: as the tower has it, averaged over its heads; False takes the full width as one head.
     """
 
-    def __init__(self, module: nn.Module, *, split: bool = True) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, *, leading: int = 1, split: bool = True) -> None:
+        super().__init__(module, leading=leading)
         self.split = split
 
     @torch.no_grad()
-    def row(self, hidden_states: Tensor) -> Tensor:
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
         """A row's sum is 1 minus the weight that [CLS] gives itself."""
-        weights = self.weights(hidden_states, slice(0, 1), split=self.split)
-        return weights.mean(dim=1)[:, 0, 1:]
+        weights = self.weights(hidden_states, slice(0, 1), visible, split=self.split)
+        return weights.mean(dim=1)[:, 0, self.leading :]
 
 
 class ReceivedAttention(TowerReading):
     """The attention that each patch receives from all patches in one layer: the column sums of the mean over heads."""
 
     @torch.no_grad()
-    def row(self, hidden_states: Tensor) -> Tensor:
-        """Sums to less than the number of patches, which also look at [CLS]."""
-        weights = self.weights(hidden_states, slice(1, None))
-        return weights.mean(dim=1).sum(dim=1)[:, 1:]
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Sums to less than the number of patches, where these also look at [CLS]."""
+        weights = self.weights(hidden_states, slice(self.leading, None), visible)
+        return weights.mean(dim=1).sum(dim=1)[:, self.leading :]
+
+
+class GivenAttention(TowerReading):
+    """The attention that each patch gives to all patches in one layer: what it does not give to [CLS]."""
+
+    @torch.no_grad()
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Row sums of the mean over heads: 1 each where the tower has no [CLS] token."""
+        weights = self.weights(hidden_states, slice(self.leading, None), visible)
+        return weights.mean(dim=1)[..., self.leading :].sum(dim=-1)
+
+
+class MeanKeys(TowerReading):
+    """The key of each patch in one layer, averaged over the heads: [pictures, patches, head_dim]."""
+
+    @torch.no_grad()
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
+        module: Any = self.module
+        keys = self.keys(hidden_states[:, self.leading :]).unflatten(-1, (int(module.num_heads), -1))
+        return keys.float().mean(dim=-2)
+
+
+_Reading = TypeVar("_Reading", bound=TowerReading)
 
 
 class Anatomy:
@@ -204,6 +261,12 @@ class Anatomy:
         """Whether the connector reads [pictures, patches, C] and gives one visual token for each patch, in their order,
         so that something else may take its place."""
         return False
+
+    @property
+    def connector_width(self) -> int:
+        """C: the width of the patches that a plain connector reads."""
+        assert self.connector is not None
+        return next(int(module.in_features) for module in self.connector.modules() if isinstance(module, nn.Linear))
 
     @property
     def language_model(self) -> Any:
@@ -301,10 +364,15 @@ class Anatomy:
     def grids(self, inputs: Inputs) -> list[tuple[int, int] | None]:
         """(rows, columns) of each image's visual tokens as a raster, read row by row. None for an image whose tokens
         are no single raster (it was cut into tiles, or has newline tokens)."""
-        whole = self._picture_tokens()
-        side = int(whole**0.5)
+        whole, grid = self._picture_tokens(), self.picture_grid
+        return [grid if count == whole else None for count in self.tokens_per_image(inputs)]
+
+    @property
+    def picture_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the visual tokens of one picture, where all have the same size."""
+        side = int(self._picture_tokens() ** 0.5)
         rows, columns = getattr(self.vision_config, "grid", None) or (side, side)  # an encoder of ours says its grid
-        return [(rows, columns) if count == whole else None for count in self.tokens_per_image(inputs)]
+        return int(rows), int(columns)
 
     @property
     def rasters(self) -> bool:
@@ -320,35 +388,86 @@ class Anatomy:
         whole = self._picture_tokens()
         return [whole] * (int(self.visual_positions(_ids(inputs)).sum()) // whole)
 
-    # --- [CLS] attention ---
+    # --- Readings of the tower ---
+
+    @property
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """The layers of the tower, where it is known which of its patches make which visual token; else nothing."""
+        if self.vision_config.model_type not in PLAIN_TOWERS:
+            return ()
+        tower: Any = self.vision_tower
+        return list(getattr(tower, "vision_model", tower).encoder.layers)
 
     @property
     def tower_attentions(self) -> Sequence[nn.Module]:
-        """The self-attention of each layer of a tower with a [CLS] token whose patches become visual tokens; else
-        nothing."""
-        return ()
+        """The self-attention of each of `tower_layers`."""
+        return [layer.get_submodule("self_attn") for layer in self.tower_layers]
+
+    @property
+    def leading_tokens(self) -> int:
+        """How many tokens stand before the patches in the tower: its [CLS] token, or none."""
+        return int(self.vision_config.model_type == "clip_vision_model")
 
     @property
     def connected_layer(self) -> int | None:
-        """Which of `tower_attentions` belongs to the layer whose output the connector reads; None: none of them."""
-        return None
+        """Which of `tower_layers` gives the output that the connector reads; None: none of them."""
+        return len(self.tower_layers) - 1 if self.tower_layers else None
 
     @property
     def cls(self) -> ClsAttention | None:
         """The attention of the tower's [CLS] token in the layer whose output the connector reads; None when the tower
         has none."""
         layer = self.connected_layer
-        return None if layer is None else ClsAttention(self.tower_attentions[layer])
+        if layer is None or self.leading_tokens == 0:
+            return None
+        return ClsAttention(self.tower_attentions[layer], leading=self.leading_tokens)
 
-    def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
-        """`ClsAttention.row` of the whole batch [pictures, patches] -> for each image, one score for each of its visual
-        tokens, in the order of the tokens in the prompt. A token that is no patch (newline) scores -inf.
+    @property
+    def patches_are_tokens(self) -> bool:
+        """Whether each patch of a picture is one visual token, and not a part of one."""
+        if not self.tower_layers:
+            return False
+        patches: int = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return self._picture_tokens() == patches
 
-        Raises `InputError` for a family whose tower has no [CLS] token.
+    def reading(self, kind: type[_Reading], name: str) -> _Reading:
+        """A reading of the layer whose output the connector reads.
+
+        Args:
+            kind: the class of the reading.
+            name: of the method that asks, for the error.
+
+        Raises:
+            InputError: where it is not known which patches of the tower make which visual token.
         """
-        raise InputError(
-            f"the vision tower of {self.family} has no [CLS] token that its visual tokens could be scored by"
-        )
+        layer = self.connected_layer
+        if layer is None:
+            raise InputError(f"{name} looks at the patches of the vision tower, but {self._no_layout()}")
+        return kind(self.tower_attentions[layer], leading=self.leading_tokens)
+
+    def _no_layout(self) -> str:
+        return f"in {self.family} with this tower it is not known which of them make which visual token"
+
+    def on_tokens(self, reading: Tensor, inputs: Inputs) -> list[Tensor]:
+        """What was read off the tower for each patch, on the visual tokens instead.
+
+        Where several patches make one token, it gets their sum; a token that is no patch (a newline) gets -inf, or
+        zeros for a vector.
+
+        Args:
+            reading: [pictures, patches] or [pictures, patches, d], of the whole batch.
+            inputs: of the batch.
+
+        Returns:
+            For each image [tokens] or [tokens, d], in the order of the tokens in the prompt.
+
+        Raises:
+            InputError: where it is not known which patches make which token.
+        """
+        if not self.tower_layers:
+            raise InputError(f"patches cannot be laid on visual tokens: {self._no_layout()}")
+        tokens = square_sums(reading, self._picture_tokens()).flatten(0, 1)
+        return list(torch.split(tokens, self.tokens_per_image(inputs)))
 
     # --- Pixels ---
 
@@ -403,6 +522,16 @@ class Anatomy:
         if changed.shape != picture.shape:
             raise InputError(f"a picture of shape {tuple(picture.shape)} was changed into {tuple(changed.shape)}")
         return changed.to(picture.dtype)
+
+
+def square_sums(values: Tensor, tokens: int) -> Tensor:
+    """Sums over squares of patches: [pictures, patches, ...] of square pictures -> [pictures, tokens, ...]."""
+    patches = values.shape[1]
+    if patches == tokens:
+        return values
+    rows, high = math.isqrt(tokens), math.isqrt(patches // tokens)
+    squares = values.reshape(len(values), rows, high, rows, high, *values.shape[2:])
+    return squares.sum(dim=(2, 4)).flatten(1, 2)
 
 
 _FAMILIES: dict[str, type[Anatomy]] = {}

@@ -1,8 +1,9 @@
 """From pictures and questions to a model's inputs, and from what it generates to answers: the same for every family.
 
-A question shows one picture, several in their order (the frames of a clip), or none. Prompts come from the processor's own chat template, so that a model is asked in the
-form in which it was trained. Answers are greedy, and nothing else is set: what a checkpoint says about its own
-generation (a repetition penalty, say) stays. Every answer is guarded by a limit on tokens and, if wanted, on time.
+A question shows one picture, several in their order (the frames of a clip), or none. Prompts come from the processor's
+own chat template, so that a model is asked in the form in which it was trained. Answers are greedy, and nothing else is
+set: what a checkpoint says about its own generation (a repetition penalty, say) stays. Every answer is guarded by a
+limit on tokens and, if wanted, on time.
 """
 
 from __future__ import annotations

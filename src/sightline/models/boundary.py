@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,11 +43,15 @@ class Boundary:
         self._speakers = [method for method in self.methods if method.changes_logits]
         self._rewriters = [method for method in self.methods if method.rewrites]
         self.last_call: Call | None = None
+        self.prompt_length: int | None = None
+        """Where answers begin in rows that hold them (in training); None: the rows are prompts."""
         self._undo: list[Callable[[], None]] = []
         # The call of each cache that was filled here; None for a prompt without pictures.
         self._calls: weakref.WeakKeyDictionary[Any, Call | None] = weakref.WeakKeyDictionary()
         self._encoded: Encoded | None = None
         self._read: dict[str, list[Tensor]] = {}
+        self.as_stock: Callable[[Any, Any], tuple[Any, Any]] = lambda args, kwargs: (args, kwargs)
+        """What a module of the tower would be given if all its patches were there, from the arguments it is given."""
         self._attention: AttentionSwitch | None = None
         self._begins: Callable[[], Call] | None = None
         self._call: Call | None = None  # set from the inputs of `base` to the output of the language model
@@ -93,10 +98,11 @@ class Boundary:
         """The call whose rows the decoder runs at this moment, if methods are to act on them."""
         return None if self._quiet else self._call
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
-        """Puts a forward hook, or pre-hook, with keyword arguments on a module, until methods are taken off."""
+    def hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, prepend: bool = False) -> None:
+        """Puts a forward hook, or pre-hook, with keyword arguments on a module, until methods are taken off; with
+        `prepend`, ahead of those that it has."""
         put = module.register_forward_pre_hook if before else module.register_forward_hook
-        self._undo.append(put(hook, with_kwargs=True).remove)
+        self._undo.append(put(hook, with_kwargs=True, prepend=prepend).remove)
 
     def before(self, module: nn.Module, hook: Callable[[Call, Tensor], Tensor | None]) -> None:
         """Lets `hook(call, first argument)` see, and replace, what goes into a part of the decoder."""
@@ -137,9 +143,13 @@ class Boundary:
 
     def _note(self, name: str, reading: TowerReading) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read.setdefault(name, []).append(reading.read(args, kwargs))
+            self.add_reading(name, reading.read(*self.as_stock(args, kwargs)))
 
         return note
+
+    def add_reading(self, name: str, value: Tensor) -> None:
+        """Adds to the readings of the pictures that are being encoded: [pictures, patches, ...]."""
+        self._read.setdefault(name, []).append(value)
 
     def _encode_pictures(self, *args: Any, **kwargs: Any) -> tuple[Encoded, Any]:
         self._read.clear()
@@ -215,7 +225,7 @@ class Boundary:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
         flat = mask if mask is None or mask.ndim == 2 else None
-        call = Call(self, ids, visual, flat, self._encoded, prompt_length=ids.shape[1])
+        call = Call(self, ids, visual, flat, self._encoded, prompt_length=self.prompt_length or ids.shape[1])
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if int(visual.sum()) != len(features):
             raise InputError(
@@ -264,7 +274,7 @@ class Boundary:
         main = View(embeds, positions, call.visual, real, deepstack, columns)
         mask = kwargs.get("attention_mask")
 
-        call.prompt = (main, mask)
+        call.prompt, call.positions = (main, mask), positions
         asked: dict[Hashable, Stream] = {}
         for stream in (stream for method in self.methods for stream in method.streams(call)):
             if stream.name not in asked or asked[stream.name].transient:  # one that lasts serves both
@@ -292,9 +302,16 @@ class Boundary:
                 if one.features is not None and (other is None or one is not reduced):
                     views[index] = view.with_features(call.spread(one.dense()), view.deepstack)
             compact = all(getattr(method, "positions", "compact") == "compact" for method in self.methods)
-            shortened = [view.keeping(keep, compact=compact) for view, keep in zip(views, keeps, strict=True)]
+            both = list(zip(views, keeps, strict=True))
+            shortened = [view.keeping(keep, compact=compact) for view, keep in both]
+            lengths = [columns.shape[1] for _, columns in shortened]
+            if min(lengths) < max(lengths):  # a method may leave more of one view's pictures than of another's
+                shortened = [view.keeping(keep, compact=compact, length=max(lengths)) for view, keep in both]
             views = [view for view, _ in shortened]
-            mask = gather_mask(mask, shortened[0][1], views[0].real)
+            square = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
+            # What only some views have is hidden from the others when the masks are stacked.
+            anywhere = torch.stack([view.real for view in views]).any(dim=0) if square else views[0].real
+            mask = gather_mask(mask, shortened[0][1], anywhere)
             call.keep, call.kept = keeps[0], _kept(call, keeps[0])
         call.prompt = (views[0], mask)
         for index, stream in enumerate(call.streams, start=1):
@@ -475,15 +492,21 @@ class Boundary:
                 back()
         return torch.stack([seen[layer] for layer in layers], dim=1)
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, no method acts: the decoder is the stock model's."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
     def _read_quietly(self, call: Call, views: Sequence[View]) -> None:
         """Reads views of the prompt with no method acting and no cache."""
         assert call.prompt is not None
         mask = stack_masks(call.prompt[1], [view.real for view in views], views[0].embeds.shape[1])
-        self._quiet = True
-        try:
+        with self.quiet():
             self.anatomy.language_model(**stack_views(views), attention_mask=mask, use_cache=False)
-        finally:
-            self._quiet = False
 
 
 def _restore(owner: Any, name: str, value: Any) -> None:

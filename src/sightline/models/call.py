@@ -97,6 +97,8 @@ class Call:
     shown: list[Tensor] = field(default_factory=list)
     """For the main rows and those of every stream (lasting ones first), bool [B, T]: the prompt's visual tokens that
     are not hidden."""
+    positions: Tensor | None = None
+    """[B, S] or [A, B, S]: those of the prompt, as the caller counts."""
     last_position: Tensor | None = None
     """[B, 1] or [A, B, 1]: where the prompt ends, as the caller counts."""
     shift: Tensor | None = None
@@ -154,6 +156,15 @@ class Call:
             rows[row].append((start, start + length))
             start += length
         return rows
+
+    @functools.cached_property
+    def image_of(self) -> Tensor:
+        """int [B, S]: which image of the encoded batch each of the caller's columns belongs to; -1: none."""
+        lengths = [last - first for row in self.images for first, last in row]
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+        images = torch.full_like(self.visual, -1, dtype=torch.long)
+        images[self.visual] = self.spread(numbers.to(images.device))
+        return images
 
     @property
     def new_queries(self) -> int:

@@ -339,7 +339,7 @@ class _Conversation:
 def _only(strategy: Strategy, shown: Shown | None) -> Image | None:
     pictures = pictures_of(shown)
     if len(pictures) > 1:
-        raise InputError(f"{strategy.name} looks at one picture a question, not at {len(pictures)}")
+        raise InputError(f"{strategy.paper} looks at one picture a question, not at {len(pictures)}")
     return pictures[0] if pictures else None
 
 

@@ -33,7 +33,7 @@ def _layer_index(chosen: int | list[int], layers: int) -> int | None:
 
 
 class _ClipAnatomy(Anatomy):
-    """What Llava and LlavaNext share: a CLIP tower whose [CLS] token may score the patches."""
+    """What Llava and LlavaNext share: a CLIP or SigLIP tower, one of whose layers is chosen by the config."""
 
     @property
     def _drops_cls(self) -> bool:
@@ -42,15 +42,14 @@ class _ClipAnatomy(Anatomy):
         return clip and self.config.vision_feature_select_strategy == "default"
 
     @property
-    def tower_attentions(self) -> Sequence[nn.Module]:
-        if not self._drops_cls:
-            return ()
-        tower: Any = self.vision_tower
-        return [layer.self_attn for layer in getattr(tower, "vision_model", tower).encoder.layers]
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """None where [CLS] is itself a visual token, or the first patch is taken for one."""
+        drops_first = self.config.vision_feature_select_strategy == "default"
+        return super().tower_layers if drops_first == bool(self.leading_tokens) else ()
 
     @property
     def connected_layer(self) -> int | None:
-        return _layer_index(self.config.vision_feature_layer, len(self.tower_attentions))
+        return _layer_index(self.config.vision_feature_layer, len(self.tower_layers))
 
 
 @register_family("llava")
@@ -90,11 +89,6 @@ class Llava(_ClipAnatomy):
     def plain_connector(self) -> bool:
         return self.rasters and self.vision_config.model_type != "pixtral"
 
-    def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
-        if self.cls is None:
-            return super().cls_scores(row, inputs)
-        return list(row)
-
     def _mapped(self, inputs: Inputs, fn: PictureFn) -> Tensor:
         if self.vision_config.model_type != "pixtral":
             return super()._mapped(inputs, fn)
@@ -120,7 +114,7 @@ class LlavaNext(_ClipAnatomy):
         return counts
 
     def _pack(self, features: list[Tensor], inputs: Inputs, newline: Tensor) -> list[Tensor]:
-        """The model's own packing, of one-channel features [tiles, patches, 1] -> [tokens, 1] of each image."""
+        """The model's own packing, of features [tiles, patches, d] of each image -> [tokens, d] of each image."""
         sizes = torch.as_tensor(inputs["image_sizes"])
         packed, _ = self.base.pack_image_features(
             features,
@@ -147,12 +141,14 @@ class LlavaNext(_ClipAnatomy):
     def rasters(self) -> bool:
         return False
 
-    def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
-        if self.cls is None:
-            return super().cls_scores(row, inputs)
-        pictures = list(torch.split(row[..., None], self.tiles_per_image(inputs)))
-        newline = torch.full((1,), -torch.inf, device=row.device)
-        return [tokens[:, 0] for tokens in self._pack(pictures, inputs, newline)]
+    def on_tokens(self, reading: Tensor, inputs: Inputs) -> list[Tensor]:
+        if not self.tower_layers:
+            return super().on_tokens(reading, inputs)
+        tiles = self.tiles_per_image(inputs)
+        if reading.ndim == 3:
+            return self._pack(list(torch.split(reading, tiles)), inputs, reading.new_zeros(reading.shape[-1]))
+        newline = reading.new_full((1,), -torch.inf)
+        return [tokens[:, 0] for tokens in self._pack(list(torch.split(reading[..., None], tiles)), inputs, newline)]
 
     def _picture_owners(self, inputs: Inputs) -> list[int]:
         return [image for image, tiles in enumerate(self.tiles_per_image(inputs)) for _ in range(tiles)]
@@ -274,20 +270,27 @@ class InternVL(Anatomy):
         return [image for image, length in enumerate(lengths) for _ in range(length // whole)]
 
     @property
-    def tower_attentions(self) -> Sequence[nn.Module]:
+    def tower_layers(self) -> Sequence[nn.Module]:
+        if self.config.vision_feature_select_strategy != "default":  # [CLS] is one of the features
+            return ()
         layers: Any = self.vision_tower.get_submodule("encoder.layer")
-        keeps_cls = self.config.vision_feature_select_strategy != "default"
-        return () if keeps_cls else [layer.attention for layer in layers]
+        return list(layers)
+
+    @property
+    def tower_attentions(self) -> Sequence[nn.Module]:
+        return [layer.get_submodule("attention") for layer in self.tower_layers]
+
+    @property
+    def patches_are_tokens(self) -> bool:
+        return False
+
+    @property
+    def leading_tokens(self) -> int:
+        return 1
 
     @property
     def connected_layer(self) -> int | None:
-        return _layer_index(self.config.vision_feature_layer, len(self.tower_attentions))
-
-    def cls_scores(self, row: Tensor, inputs: Inputs) -> list[Tensor]:
-        side = int(row.shape[1] ** 0.5)
-        shuffled = self.base.pixel_shuffle(row.reshape(-1, side, side, 1), scale_factor=self.config.downsample_ratio)
-        tokens = shuffled.sum(dim=-1).flatten()  # a token holds the attention of all its patches
-        return list(torch.split(tokens, self.tokens_per_image(inputs)))
+        return _layer_index(self.config.vision_feature_layer, len(self.tower_layers))
 
 
 @register_family("idefics3", "smolvlm")

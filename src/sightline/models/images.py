@@ -47,7 +47,7 @@ def open_picture(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     else:
         path = Path(source)
         name = f"picture {str(path)!r}"
-        file = _opened(path, name)
+        file = open_file(path, name)
     with file:
         try:
             with warnings.catch_warnings():
@@ -64,7 +64,12 @@ def open_picture(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             return _decoded(image, name, max_pixels)
 
 
-def _opened(path: Path, name: str) -> IO[bytes]:
+def open_file(path: Path, name: str) -> IO[bytes]:
+    """A file, open for reading; `name` is how it is called in messages.
+
+    Raises:
+        InputError: when it is missing, a folder or another thing that is no file, empty, or may not be opened.
+    """
     try:
         if path.is_dir():
             raise InputError(f"{name} is a folder, not a file")

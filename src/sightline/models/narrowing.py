@@ -75,15 +75,16 @@ class Chosen:
 Choose = Callable[["Call", LayerInput], Chosen]
 
 
-def check_narrowing(name: str, anatomy: Anatomy, layers: Sequence[int]) -> None:
+def check_narrowing(name: str, anatomy: Anatomy, layers: Sequence[int], *, bypass: bool = False) -> None:
     """Raises `InputError` where decoder layers cannot read fewer columns."""
-    if any("sliding" in str(kind) for kind in getattr(anatomy.text_config, "layer_types", None) or ()):
+    if slides(anatomy):
         raise InputError(
             f"{name} cannot run on {anatomy.family}: the windows of its sliding layers count what is in the cache, and "
             "would reach further back"
         )
     depth = len(anatomy.layers)
-    deep = len(getattr(anatomy.vision_config, "deepstack_visual_indexes", None) or ())
+    # Where layers are bypassed, what is added behind them finds all columns in their places again.
+    deep = 0 if bypass else len(getattr(anatomy.vision_config, "deepstack_visual_indexes", None) or ())
     for layer in layers:
         if not 1 <= layer < depth:
             raise InputError(f"{name} must act at a layer from 1 to {depth - 1}, not {layer}: layer 0 reads everything")
@@ -92,6 +93,15 @@ def check_narrowing(name: str, anatomy: Anatomy, layers: Sequence[int]) -> None:
                 f"{name} must act at a layer from {deep} on in {anatomy.family}, not {layer}: the ones before add "
                 "features to visual tokens"
             )
+
+
+def slides(anatomy: Anatomy) -> bool:
+    """Whether any decoder layer sees the last columns only."""
+    config = anatomy.text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # Mistral: all layers, where a window is given
+        return getattr(config, "sliding_window", None) is not None
+    return any("sliding" in str(kind) for kind in kinds)
 
 
 def narrow(

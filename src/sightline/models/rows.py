@@ -40,18 +40,19 @@ class View:
         embeds[self.visual] = features.to(embeds.dtype)
         return replace(self, embeds=embeds, deepstack=tuple(deepstack))
 
-    def keeping(self, keep: Tensor, *, compact: bool) -> tuple[View, Tensor]:
+    def keeping(self, keep: Tensor, *, compact: bool, length: int = 0) -> tuple[View, Tensor]:
         """Drops the visual tokens where `keep` (bool [visual tokens]) is False, and padding where it can.
 
-        The rows stay a rectangle: those that keep fewer are padded on the left. Positions of what stays are left as
-        they are, or, if `compact`, close up (multi-axis positions never do: they are places in the picture).
+        The rows stay a rectangle of at least `length` columns: those that keep fewer are padded on the left. Positions
+        of what stays are left as they are, or, if `compact`, close up (multi-axis positions never do: they are places
+        in the picture).
 
         Returns:
             The shorter view, and the columns [B, T] of the old one that the new one's come from.
         """
         stays = self.real.clone()
         stays[self.visual] &= keep
-        longest = int(stays.sum(dim=1).max())
+        longest = max(length, int(stays.sum(dim=1).max()))
         # Stable: what stays keeps its order and ends up on the right; what goes fills the left where a row is shorter.
         columns = stays.int().argsort(dim=1, stable=True)[:, -longest:]
         real = stays.gather(1, columns)
@@ -80,7 +81,8 @@ class View:
         real = self.real & (shown | ~self.visual)
         positions = self.positions
         if not keep_positions:
-            nowhere = torch.iinfo(positions.dtype).max
+            limits = torch.finfo if positions.is_floating_point() else torch.iinfo
+            nowhere = limits(positions.dtype).max
             first = positions.masked_fill(~self.real, nowhere).amin(dim=-1, keepdim=True)
             positions = first + (real.long().cumsum(dim=1) - 1).clamp(min=0)
         deepstack = tuple(layer[visible] for layer in self.deepstack) if bool(visible.any()) else ()

@@ -64,14 +64,15 @@ class FasterVLM(TokenReducer):
 
     def reduce(self, image: ImageTokens) -> tuple[Tensor, Tensor | None]:
         budget = self.budget(len(image.features))
-        by_attention = image.cls.argsort(descending=True, stable=True)
         important = int(budget * self.important_ratio)
+        if important == budget:
+            return super().reduce(image)
+        by_attention = image.cls.argsort(descending=True, stable=True)
         rest = by_attention[important:]
         patches = rest[image.cls[rest].isfinite()]
         others = patches[diverse(image.features[patches], budget - important)]
-        chosen = torch.cat([by_attention[:important], others])
-        if len(chosen) < budget:  # newlines, where there are not enough patches
-            chosen = torch.cat([chosen, rest[len(patches) :][: budget - len(chosen)]])
+        newlines = rest[len(patches) :][: budget - important - len(others)]  # where there are not enough patches
+        chosen = torch.cat([by_attention[:important], others, newlines])
         return torch.zeros_like(image.cls, dtype=torch.bool).index_fill(0, chosen, True), None
 
 
@@ -79,10 +80,8 @@ def diverse(features: Tensor, budget: int) -> Tensor:
     """Which of the tokens [n, D] are left when one of those most alike goes until `budget` are: ascending indices."""
     unit = functional.normalize(features.detach().float(), dim=-1)
     left = torch.arange(len(unit), device=unit.device)
-    while len(left) > max(budget, 0):
+    while len(left) > budget:
         here, there = left[0::2], left[1::2]
-        if len(there) == 0:
-            return left[:budget]
         nearest = (unit[here] @ unit[there].T).amax(dim=1)
         gone = nearest.argsort(descending=True, stable=True)[: min(GONE_AT_ONCE, len(left) - budget)]
         left = left[~torch.isin(left, here[gone])]

@@ -41,7 +41,7 @@ class LayerReducer(Method):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        check_narrowing(self.paper, anatomy, self.layers(len(anatomy.layers)))
+        check_narrowing(self.paper, anatomy, self.layers(len(anatomy.layers)), bypass=self.bypasses)
 
     def install(self, boundary: Boundary) -> None:
         layers = self.layers(len(boundary.anatomy.layers))

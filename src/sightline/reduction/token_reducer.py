@@ -27,7 +27,8 @@ class ImageTokens:
     grid: tuple[int, int] | None = None
     """(rows, columns) of the raster that the tokens are, if they are one."""
     readings: dict[str, Tensor] = field(default_factory=dict)
-    """What `Method.readings` asked for, float32 [n] or [n, d]. A token that is no patch (a newline) has -inf."""
+    """What `Method.readings` asked for, [n] or [n, d], mostly float32. A token that is no patch (a newline) has -inf,
+    or zeros for a vector."""
 
     @property
     def cls(self) -> Tensor:
@@ -51,6 +52,9 @@ class TokenReducer(Method):
 
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})
     main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("keep", (0.05, 0.1, 0.2, 0.35, 0.5, 0.75))
+
+    own_readings: ClassVar[tuple[str, ...]] = ()
+    """Names of what the method itself reads off the tower (`Boundary.add_reading`), beside `readings`."""
 
     keep: float = 0.25
     positions: Literal["compact", "kept"] = "compact"
@@ -85,7 +89,8 @@ class TokenReducer(Method):
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy = call.boundary.anatomy
         inputs = {**encoded.inputs, "input_ids": call.inputs["input_ids"]}
-        read = {name: anatomy.cls_scores(encoded.readings[name], inputs) for name in self.readings(anatomy)}
+        names = (*self.readings(anatomy), *self.own_readings)
+        read = {name: anatomy.on_tokens(encoded.readings[name], inputs) for name in names}
         grids = anatomy.grids(inputs)
         ranges = [image for row in call.images for image in row]
         numbers = [number for row in call.images for number in range(len(row))]

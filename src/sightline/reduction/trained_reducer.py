@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from sightline.errors import InputError
 from sightline.methods import Method
 from sightline.models.anatomy import TowerReading
+from sightline.models.call import Reduced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sightline.models.anatomy import Anatomy
-    from sightline.models.call import Call
+    from sightline.models.call import Call, Encoded
 
 FILE = "reducer.safetensors"
 AUTO, UNTRAINED = "auto", "untrained"
@@ -40,7 +41,7 @@ TOWER = "tower"
 class ConnectorInput(TowerReading):
     """What the connector is given: the tower's features, [pictures, patches, C]."""
 
-    def row(self, hidden_states: Tensor) -> Tensor:
+    def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
         return hidden_states
 
     def read(self, args: tuple[Any, ...], kwargs: Any) -> Tensor:
@@ -60,6 +61,14 @@ def connector_input(name: str, anatomy: Anatomy) -> ConnectorInput:
             f"{anatomy.family} does not have; it works on models of the llava family"
         )
     return ConnectorInput(connector)
+
+
+def first_places(features: Tensor, encoded: Encoded) -> Reduced:
+    """New visual tokens [pictures, m, D] at the first m places that each picture had in the prompt."""
+    pictures, tokens, width = features.shape
+    keep = torch.zeros(pictures, len(encoded.features) // pictures, dtype=torch.bool, device=features.device)
+    keep[:, :tokens] = True
+    return Reduced(keep.flatten(), features.reshape(-1, width).to(encoded.features.dtype))
 
 
 @dataclass(frozen=True)
