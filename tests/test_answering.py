@@ -27,10 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_prompts_of_models_with_and_without_a_template(checkpoint: str) -> None:
     _, processor = load(checkpoint)
     assert prompt(processor, "Is it red?") == "USER: <image>\nIs it red? ASSISTANT:"
-    assert prompt(processor, "Is it red?", picture=False) == "USER: Is it red? ASSISTANT:"
+    assert prompt(processor, "Is it red?", pictures=0) == "USER: Is it red? ASSISTANT:"
+    assert prompt(processor, "Is it red?", pictures=2) == "USER: <image>\n<image>\nIs it red? ASSISTANT:"
     processor.chat_template = None
     assert prompt(processor, "Is it red?") == "<image>Is it red?"
-    assert prompt(processor, "Is it red?", picture=False) == "<s>Is it red?\n"
+    assert prompt(processor, "Is it red?", pictures=0) == "<s>Is it red?\n"
+    assert prompt(processor, "Is it red?", pictures=3) == "<image><image><image>Is it red?"
     for empty in ("", " \n"):
         with pytest.raises(InputError, match="question is empty"):
             prompt(processor, empty)

@@ -55,7 +55,15 @@ SURFACE = {
         "--synonyms",
     ],
     "report": ["run"],
-    "ask": [*COMMON_MODEL_OPTIONS, "--max-new-tokens", "--max-seconds", "--methods", "picture", "question"],
+    "ask": [
+        *COMMON_MODEL_OPTIONS,
+        "--frames",
+        "--max-new-tokens",
+        "--max-seconds",
+        "--methods",
+        "pictures",
+        "question",
+    ],
     "attack": [
         *COMMON_MODEL_OPTIONS,
         "--epsilon",
@@ -69,6 +77,22 @@ SURFACE = {
         "--question",
         "--sample-every",
         "--seed",
+    ],
+    "scaling": [
+        "--batch",
+        "--device",
+        "--fit-only",
+        "--jobs",
+        "--json",
+        "--model",
+        "--out",
+        "--published",
+        "--scenes",
+        "--seeds",
+        "--shapes",
+        "--steps",
+        "--threads",
+        "--tokens",
     ],
     "papers": ["--json", "--stretch"],
     "methods": ["--json"],
@@ -88,6 +112,22 @@ SURFACE = {
         "--workers",
     ],
     "train soft-image": ["--batch", "--device", "--model", "--out", "--seed", "--steps", "--threads"],
+    "train reduce": [
+        "--batch",
+        "--decoder",
+        "--device",
+        "--frames",
+        "--learning-rate",
+        "--method",
+        "--model",
+        "--module-learning-rate",
+        "--no-decoder",
+        "--out",
+        "--seed",
+        "--steps",
+        "--threads",
+        "--workers",
+    ],
     "train encoder": [
         "--batch",
         "--device",
@@ -402,17 +442,18 @@ def test_papers_lists_the_catalogue() -> None:
     assert "vista" in shown
     assert "fastervlm" not in shown
     assert any(line.startswith("vcd ") and "peer" in line for line in shown.splitlines())
-    assert f"of {len(peers())} peers implemented" in shown
-    assert "peer" not in call("papers", "--stretch", "reduction").stdout
+    assert f"of {sum(entry.stretch == 'grounding' for entry in peers())} peers implemented" in shown
+    assert "peer" not in call("papers", "--stretch", "encoders").stdout
     assert "did you mean 'grounding'" in refused("papers", "--stretch", "groundin")
 
 
 def test_methods_lists_parameters_and_defaults() -> None:
     from sightline.methods import methods
+    from sightline.papers import peers
 
     records = {record["method"]: record for record in map(json.loads, call("methods", "--json").stdout.splitlines())}
     assert list(records) == list(methods())
-    assert {name for name, record in records.items() if record["peer"]} == {"dola", "pai", "vcd"}
+    assert {name for name, record in records.items() if record["peer"]} == {entry.slug for entry in peers()}
     assert records["fastervlm"]["parameters"]["keep"] == methods()["fastervlm"]().keep  # type: ignore[attr-defined]
     shown = call("methods").stdout
     assert all(name in shown for name in records)

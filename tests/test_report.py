@@ -462,6 +462,8 @@ def test_json_fields_are_frozen(tmp_path: Path) -> None:
             "change",
             "costs",
             "pair",
+            "counted",
+            "against_random",
         ]
         assert list(record["ratio"]) == ["visual_tokens", "time_to_first_token", "time_per_token", "peak_memory"]
         assert list(record["scores"])[:6] == ["accuracy", "precision", "recall", "f1", "yes_rate", "unparsed"]

@@ -46,6 +46,14 @@ def test_ranges_are_walked_in_equal_steps_or_equal_ratios() -> None:
     assert values("vista:strength=0..0.3..4") == [0, 0.1, 0.2, 0.3]
 
 
+def test_a_share_is_swept_down_to_little_with_the_stock_model_at_its_end() -> None:
+    for spec in ("fastervlm:keep=0.05..1.0", "fastervlm:keep=0.05..1"):
+        entries = expand(spec)
+        assert len(entries) == 6
+        assert entries[0] == "fastervlm:keep=0.05"
+        assert parse_methods(entries[-1])[0].is_identity
+
+
 def test_whole_numbers_stay_whole_and_come_once() -> None:
     assert expand("vista:window=1..3..9") == ["vista:window=1", "vista:window=2", "vista:window=3"]
 

@@ -39,12 +39,16 @@ class Row:
     met: bool | None = None
 
 
-def arguments(description: str | None, rounds: int) -> argparse.Namespace:
-    """The options that all measurements have."""
+def arguments(
+    description: str | None, rounds: int, more: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """The options that all measurements have, and those that `more` adds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds that are counted (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to measure (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, instead of tables")
+    if more is not None:
+        more(parser)
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")

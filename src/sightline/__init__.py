@@ -34,6 +34,8 @@ _EXPORTS = {
     "open_picture": "sightline.models.images",
     "papers": "sightline.papers",
     "parse_methods": "sightline.methods",
+    "read_video": "sightline.models.videos",
+    "stream_video": "sightline.models.videos",
 }
 
 

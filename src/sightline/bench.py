@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sightline.benchmarks.costs import BASELINE, measure
+from sightline.benchmarks.flops import DecoderShape, costs_of, stock_cost
 from sightline.benchmarks.item import Answer, Benchmark, Item, get_benchmark
 from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.summary import Summary, summarise
@@ -34,7 +35,7 @@ from sightline.errors import InputError
 from sightline.files import write_json
 from sightline.methods import Method, attach, parse_methods
 from sightline.models.anatomy import Anatomy
-from sightline.models.answering import UNLIMITED, Budget, Reply, end_tokens, prepare, reply, seen
+from sightline.models.answering import UNLIMITED, Budget, Reply, end_tokens, pictures_of, prepare, reply, seen
 from sightline.models.conversation import converse, strategy_of
 from sightline.models.loading import load
 
@@ -295,20 +296,30 @@ class _Runner:
         limit = batch[0].max_new_tokens
         with attach(self.model, *methods, processor=self.processor) as attached:
             replies = reply(self.model, self.processor, inputs, limit, margin=margin, budget=self.budget)
-            left, kept = attached.visual_tokens, attached.kept
+            left, kept, call = attached.visual_tokens, attached.kept, attached.call
         facts: list[dict[str, Any]] = [{} for _ in batch]
         if self.anatomy is None or pictures[0] is None:
             return replies, facts
         given = self.anatomy.visual_positions(inputs["input_ids"]).sum(dim=1).tolist()
         grids = list(self.anatomy.grids(inputs)) if kept is not None else []
+        shape, width = DecoderShape.of(self.anatomy.text_config), self.model.dtype.itemsize
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        stock = [stock_cost(shape, *of_row, width) for of_row in zip(lengths, given, strict=True)]
+        costs = stock if call is None else costs_of(call, shape, width)
+        first = 0  # the row's first picture among all
         for place, told in enumerate(facts):
             told["visual_tokens"] = (left or given)[place]
             told["visual_tokens_given"] = given[place]
-            if kept is not None:
+            told["layer_visual_tokens"] = round(costs[place].visual_tokens, 3)
+            told["prefill_flops"], told["prefill_flops_given"] = costs[place].flops, stock[place].flops
+            told["cache_bytes"], told["cache_bytes_given"] = costs[place].cache_bytes, stock[place].cache_bytes
+            shown = pictures_of(pictures[place])
+            if kept is not None and len(shown) == 1:
                 told["kept"] = [int(index) for image in kept[place] for index in image.tolist()]
-                if grids[place] is not None:
-                    told["grid"] = grids[place]
-                    told["seen"] = seen(self.processor, pictures[place])
+                if grids[first] is not None:
+                    told["grid"] = grids[first]
+                    told["seen"] = seen(self.processor, shown[0])
+            first += len(shown)
         return replies, facts
 
 

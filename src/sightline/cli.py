@@ -10,13 +10,29 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
+from sightline.command_options import (
+    MODEL,
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ManyMethods,
+    MethodsOption,
+    ModelOption,
+    RemoteCodeOption,
+    RevisionOption,
+    SecondsOption,
+    ThreadsOption,
+    prepare,
+)
 from sightline.errors import InputError
 from sightline.files import FULL
+from sightline.training.commands import train_app
+from sightline.training.scaling_command import scaling
 
 BAD_INPUT = 2
-MODEL = "picturebook-nano"
 
 
 class Commands(TyperGroup):
@@ -35,25 +51,6 @@ class Commands(TyperGroup):
         raise typer.Exit(BAD_INPUT)
 
 
-class ManyMethods(TyperCommand):
-    """Lets some options take several values: `--methods none vhr` means `--methods none --methods vhr`."""
-
-    options = ("--methods", "--sweep", "--set")
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        option, following = "", 0
-        for arg in args:
-            if arg.startswith("-"):
-                option, equals, _ = arg.partition("=")
-                following = (2 if equals else 1) if option in self.options else 0
-            elif following:
-                spread += [option] * (following > 1)
-                following = 2
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -62,27 +59,9 @@ app = typer.Typer(
     help="See what vision-language methods buy and cost, on one model and one machine, side by side.",
 )
 picturebook_app = typer.Typer(no_args_is_help=True, help="The generated picture world.")
-train_app = typer.Typer(no_args_is_help=True, help="Train the built-in model, a soft image, or an encoder.")
 app.add_typer(picturebook_app, name="picturebook")
 app.add_typer(train_app, name="train")
-
-ModelOption = Annotated[str, typer.Option(help="A built-in model, a folder, or a hub id such as owner/name.")]
-MethodsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Methods to run in turn, several after one --methods: none, vhr, fastervlm:keep=0.25, fastervlm+vista."
-    ),
-]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's own by default.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-AttentionOption = Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-SecondsOption = Annotated[
-    float | None, typer.Option(help="The longest time of generating one answer, in seconds; no limit by default.")
-]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")]
+app.command()(scaling)
 
 
 @app.command(cls=ManyMethods)
@@ -133,7 +112,7 @@ def bench(
     Example: [bold]sightline bench --benchmark pope --split adversarial --methods none fastervlm:keep=0.25 vhr
     --items 500 --out runs/x[/bold]
     """
-    _prepare(threads)
+    prepare(threads)
     from sightline.bench import run
     from sightline.benchmarks.pairs import pairs as planned
     from sightline.benchmarks.sweep import expand
@@ -190,10 +169,14 @@ def report(
 
 @app.command(cls=ManyMethods)
 def ask(
-    picture: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WEBP, BMP, GIF, TIFF or PPM.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(help="A picture (PNG, JPEG, WEBP, BMP, GIF, TIFF or PPM), several, or a video file."),
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask about it or them.")],
     model: ModelOption = MODEL,
     methods: MethodsOption = None,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames of a video are shown.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     max_seconds: SecondsOption = None,
     dtype: DtypeOption = None,
@@ -203,16 +186,19 @@ def ask(
     trust_remote_code: RemoteCodeOption = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Ask a model about a picture, with any methods switched on; several --methods give an answer each.
+    """Ask a model about a picture, several or a video, with any methods on; several --methods give an answer each.
 
     Example: [bold]sightline ask picture.png "What is there?" --methods none fastervlm:keep=0.25[/bold]
     """
     if not question.strip():
         raise InputError("the question is empty: ask something about the picture")
     from sightline.models.images import open_picture
+    from sightline.models.videos import is_video, read_video
 
-    shown = open_picture(picture)
-    _prepare(threads)
+    shown = []
+    for file in pictures:
+        shown += read_video(file, frames=frames) if is_video(file) else [open_picture(file)]
+    prepare(threads)
     from sightline.methods import describe, parse_methods
     from sightline.models.answering import Budget, cut_off_mark
     from sightline.models.conversation import answer, strategy_of
@@ -264,7 +250,7 @@ def attack(
     Example: [bold]sightline attack --items 8 --iterations 200 --sample-every 5 --methods none vhr
     --out runs/attack[/bold]
     """
-    _prepare(threads)
+    prepare(threads)
     from sightline.models.answering import Budget
     from sightline.models.loading import load
     from sightline.probes import answer_lengths
@@ -346,7 +332,7 @@ def methods(as_json: JsonOption = False) -> None:
 
     Example: [bold]sightline methods[/bold]
     """
-    _prepare(None)
+    prepare(None)
     from sightline.methods import methods as registered
     from sightline.papers import paper
 
@@ -388,7 +374,7 @@ def encoders(
 
     Example: [bold]sightline encoders 'vig*' --measure[/bold]
     """
-    _prepare(None)
+    prepare(None)
     from rich.progress import track
 
     from sightline.encoders import catalogue
@@ -432,117 +418,6 @@ def picturebook_draw(
     raise unknown("split", split, SPLITS)
 
 
-@train_app.command("nano")
-def train_nano(
-    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
-        Path("runs/train-nano")
-    ),
-    size: Annotated[str, typer.Option(help="nano, or pico for minutes instead of hours.")] = "nano",
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the scenes.")] = 0,
-    warm_up_steps: Annotated[int | None, typer.Option(help="Steps of the vision tower alone.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the whole model.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures a step.")] = None,
-    compile_layers: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the layers first.")] = True,
-    device: DeviceOption = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that draw the pictures.")] = 1,
-    threads: ThreadsOption = None,
-) -> None:
-    """Train the built-in model from nothing, on scenes drawn as it goes.
-
-    Example: [bold]sightline train nano --size pico --seed 1 --out runs/pico-1[/bold]
-    """
-    _prepare(threads)
-    from sightline.training.nano import Recipe, train
-
-    given: dict[str, Any] = {"warm_up_steps": warm_up_steps, "steps": steps, "batch": batch}
-    changes = {name: value for name, value in given.items() if value is not None}
-    recipe = Recipe.of(size, seed=seed, compile=compile_layers, **changes)
-    typer.echo(train(recipe, out, threads=threads or 1, device=device or "cpu", workers=workers))
-
-
-@train_app.command("soft-image")
-def train_soft_image(
-    model: Annotated[str, typer.Option(help="picturebook-nano, or the checkpoint folder of a train nano run.")] = MODEL,
-    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
-        Path("runs/soft-image")
-    ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the soft image and of the scenes.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps; 400 by default.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of questions a step; 8 by default.")] = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
-) -> None:
-    """Train the soft image that the method lacing guides away from; the model stays as it is.
-
-    Laid beside the weights of its model, it is found by itself; else give it as lacing:soft_image=FILE.
-
-    Example: [bold]sightline train soft-image --model picturebook-nano --out runs/soft-image[/bold]
-    """
-    _prepare(threads)
-    from sightline.training.soft_image import SoftImageRecipe, train
-
-    given: dict[str, Any] = {"steps": steps, "batch": batch}
-    changes = {name: value for name, value in given.items() if value is not None}
-    recipe = SoftImageRecipe(model, seed=seed, **changes)
-    typer.echo(train(recipe, out, threads=threads or 1, device=device or "cpu"))
-
-
-@train_app.command("encoder", cls=ManyMethods)
-def train_encoder(
-    encoder: Annotated[str, typer.Option(help="One of the names that `sightline encoders` lists.")] = "vit_nano",
-    task: Annotated[
-        str, typer.Option(help="picturebook, digits, cells, coins, volumes, clips or bouncing.")
-    ] = "picturebook",
-    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on where a run in it stopped.")] = (
-        Path("runs/encoder")
-    ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the examples.")] = 0,
-    examples: Annotated[int | None, typer.Option(help="How many are trained on; 2000 by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps; 1000 by default.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Examples a step; 32 by default.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest; 0.001 by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels; the task's by default.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any argument of the encoder: depth=2 drop_path=0.1."),
-    ] = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train an encoder from nothing on a small task, and score it on the task's test split.
-
-    Example: [bold]sightline train encoder --encoder vig_nano --task digits --steps 300 --out runs/vig-digits[/bold]
-    """
-    _prepare(threads)
-    from sightline.training.encoder import EncoderRecipe, train
-
-    given: dict[str, Any] = {"examples": examples, "steps": steps, "batch": batch, "learning_rate": learning_rate}
-    changes = {name: value for name, value in given.items() if value is not None}
-    recipe = EncoderRecipe(encoder, task, seed=seed, image_size=image_size, overrides=_overrides(set_ or []), **changes)
-    _, scores = train(recipe, out, threads=threads or 1, device=device or "cpu", quiet=as_json)
-    if as_json:
-        asked = {"encoder": encoder, "task": task, "seed": seed, "out": str(out)}
-        typer.echo(json.dumps({**asked, "scores": scores}, ensure_ascii=False))
-        return
-    table = Table("on the test split", encoder, box=None, padding=(0, 2, 0, 0))
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4g}")
-    Console().print(table)
-    typer.echo(f"The encoder is in {out / 'encoder.safetensors'}")
-
-
-def _prepare(threads: int | None) -> None:
-    """Sets the threads, and silences what transformers says about loading."""
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def _options(benchmark: str, given: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs, each value in the type of the benchmark's option of that name."""
     from sightline.benchmarks.item import get_benchmark
@@ -564,21 +439,6 @@ def _options(benchmark: str, given: list[str]) -> dict[str, Any]:
             what = "true or false" if bool in kinds else "a whole number"
             raise InputError(f"{name} must be {what}, not {value!r}") from None
     return options
-
-
-def _overrides(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, each value as JSON or as Python writes it where it is that, else as text."""
-    words = {"True": True, "False": False, "None": None}
-    overrides: dict[str, Any] = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise InputError(f"give an argument of the encoder as NAME=VALUE, not {pair!r}")
-        try:
-            overrides[name] = json.loads(value, parse_constant=str)
-        except ValueError:
-            overrides[name] = words.get(value, value)
-    return overrides
 
 
 def _plain(value: object) -> Any:

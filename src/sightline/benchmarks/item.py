@@ -1,4 +1,4 @@
-"""What a benchmark is: items with a picture and a question, facts about each answer, and scores over all answers.
+"""What a benchmark is: items with pictures and a question, facts about each answer, and scores over all answers.
 
 A benchmark is a frozen dataclass whose fields are its options. It lives in a module of its own in this package and
 is registered by the decorator alone::
@@ -28,7 +28,7 @@ from sightline.benchmarks.statistics import mcnemar_exact, sign_flip_test
 from sightline.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    import PIL.Image
+    from sightline.models.answering import Shown
 
 Row = Mapping[str, Any]
 """One line of a run file."""
@@ -39,13 +39,14 @@ SCENES_PER_SEED = 1_000_000
 
 @dataclass(frozen=True)
 class Item:
-    """One question on one picture.
+    """One question on one picture, or on several that are shown together.
 
     Attributes:
         id: unique in the benchmark's split; the same settings give the same ids.
         question: the text that the model is asked.
         answer: the right answer.
-        picture: opens or draws the picture, each time it is called; None: the question is asked without a picture.
+        picture: opens or draws the picture, each time it is called, or the list of the pictures in their order (the
+            frames of a clip); None: the question is asked without a picture.
         group: the cluster for the statistics: the picture.
         task: which of the benchmark's tasks this is.
         max_new_tokens: the longest answer allowed.
@@ -55,7 +56,7 @@ class Item:
     id: str
     question: str
     answer: str
-    picture: Callable[[], PIL.Image.Image] | None
+    picture: Callable[[], Shown] | None
     group: str
     task: str
     max_new_tokens: int

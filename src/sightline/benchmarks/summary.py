@@ -14,6 +14,7 @@ from sightline.benchmarks.item import Benchmark, Score, get_benchmark
 from sightline.benchmarks.pairs import PairEffect, pair_effects
 from sightline.benchmarks.run_folder import RunFolder
 from sightline.benchmarks.statistics import holm
+from sightline.benchmarks.tradeoff import AgainstRandom, against_random
 from sightline.errors import InputError
 from sightline.models.answering import FARTHEST
 
@@ -38,6 +39,10 @@ class MethodSummary:
         change: what changed against the unmodified model; None for that itself.
         ruled_out: share of yes/no questions on which yes or no was ruled out, so that the margin between them is at
             the end of its range and ties with the others there; None where there are no margins.
+        layer_visual_tokens: as visual_tokens, but the mean over the decoder's layers, some of which may read fewer.
+        flops_ratio: counted operations of reading the prompts, as a share of those of the unmodified model; None where
+            they were not counted.
+        cache_ratio: the same of what the prompts take in the cache.
     """
 
     method: str
@@ -53,6 +58,9 @@ class MethodSummary:
     p_values: dict[str, float] = field(default_factory=dict)
     change: Change | None = None
     ruled_out: float | None = None
+    layer_visual_tokens: float | None = None
+    flops_ratio: float | None = None
+    cache_ratio: float | None = None
 
     @property
     def headline(self) -> Score:
@@ -77,6 +85,7 @@ class Summary:
         methods: one entry a method, the unmodified model first.
         pairs: what pairs of methods do beyond the better of the two, where both are in the run too.
         refused: entries that were asked for and cannot be run, and why.
+        against_random: methods that drop visual tokens against dropping as many at random, where both are in the run.
     """
 
     folder: Path
@@ -86,6 +95,7 @@ class Summary:
     methods: tuple[MethodSummary, ...]
     pairs: tuple[PairEffect, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    against_random: tuple[AgainstRandom, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -142,6 +152,7 @@ def summarise(folder: Path) -> Summary:
         ),
         pair_effects(benchmark, headline, answers),
         refused,
+        against_random(benchmark, answers),
     )
 
 
@@ -179,6 +190,10 @@ def _summary(
         values = [row[name] for row in rows if row.get(name) is not None]
         return float(statistics.fmean(values)) if values else None
 
+    def share(name: str) -> float | None:
+        known = [row for row in rows if row.get(name) is not None]
+        return sum(row[name] for row in known) / sum(row[f"{name}_given"] for row in known) if known else None
+
     readable = mean("readable")
     margins = [row["yes_logit_margin"] for row in rows if row.get("yes_logit_margin") is not None]
     ruled_out = sum(abs(margin) >= FARTHEST for margin in margins) / len(margins) if margins else None
@@ -202,4 +217,7 @@ def _summary(
         p_values or {},
         changed,
         ruled_out,
+        mean("layer_visual_tokens"),
+        share("prefill_flops"),
+        share("cache_bytes"),
     )

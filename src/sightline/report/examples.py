@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from sightline.benchmarks.item import Benchmark, Item
 from sightline.picturebook.scene import PLURALS
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from sightline.models.answering import Shown
 
 MOST = 8
 MOST_NAMED = 3
@@ -23,6 +26,9 @@ MOST_NAMED = 3
 LARGEST_SIDE = 448
 SMALL_SIDE = 160
 """Pictures up to this size are shown pixel by pixel, as the model sees them."""
+
+MOST_FRAMES = 16
+"""Of a question on more pictures, so many are shown, evenly spaced."""
 
 Row = Mapping[str, Any]
 
@@ -95,7 +101,7 @@ def card(example: Example, series: Mapping[str, int]) -> str:
         shown = f'<p class="missing">The picture cannot be opened: {escape(str(error))}</p>'
     else:
         asked_blind = '<p class="missing">Asked without a picture.</p>'
-        shown = asked_blind if picture is None else _pictures(picture, example, series)
+        shown = asked_blind if picture is None else _pictures(sheet(picture), example, series)
     by_text: dict[str, list[str]] = {}
     for method, row in example.rows.items():
         by_text.setdefault(str(row["text"]), []).append(method)
@@ -109,7 +115,22 @@ def card(example: Example, series: Mapping[str, int]) -> str:
     )
 
 
-def _pictures(picture: Image, example: Example, series: Mapping[str, int]) -> str:
+def sheet(shown: Shown) -> Image.Image:
+    """One picture as it is; of several, up to `MOST_FRAMES` side by side, row by row."""
+    if isinstance(shown, Image.Image):
+        return shown
+    count = min(len(shown), MOST_FRAMES)
+    frames = [shown[(2 * place + 1) * len(shown) // (2 * count)] for place in range(count)]
+    width, height = (max(frame.size[side] for frame in frames) for side in (0, 1))
+    columns = math.ceil(math.sqrt(count))
+    whole = Image.new("RGB", (columns * width, math.ceil(count / columns) * height), "white")
+    for place, frame in enumerate(frames):
+        row, column = divmod(place, columns)
+        whole.paste(frame, (column * width, row * height))
+    return whole
+
+
+def _pictures(picture: Image.Image, example: Example, series: Mapping[str, int]) -> str:
     """The picture, and once more for each way in which methods dropped some of its tokens."""
     whole = data_uri(picture)
     pixels = " pixels" if max(picture.size) <= SMALL_SIDE else ""
@@ -187,7 +208,7 @@ def _marked(text: str, hallucinated: Sequence[str]) -> str:
     return "".join(f"<mark>{escape(p)}</mark>" if place % 2 else escape(p) for place, p in enumerate(parts))
 
 
-def data_uri(picture: Image) -> str:
+def data_uri(picture: Image.Image) -> str:
     """The picture as a PNG in a data URI, made smaller where it is large."""
     shown = picture.convert("RGB")
     shown.thumbnail((LARGEST_SIDE, LARGEST_SIDE))

@@ -21,6 +21,7 @@ from sightline.report.examples import card, choose
 from sightline.report.matrix import matrix_section
 from sightline.report.plots import Point, interval, scatter
 from sightline.report.table import listed, words
+from sightline.report.tradeoff import tradeoff_section
 
 SERIES = 8
 """Colours besides that of the unmodified model; with more methods they begin again."""
@@ -48,6 +49,7 @@ def page(summary: Summary) -> str:
             _header(summary),
             _comparison(summary, series),
             matrix_section(summary),
+            tradeoff_section(summary),
             curves_section(summary, series),
             _costs(summary, series),
             _plots(summary, series),

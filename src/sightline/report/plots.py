@@ -141,6 +141,91 @@ def curve(
     return "".join(parts) + "</svg>"
 
 
+@dataclass(frozen=True)
+class Line:
+    """One of several lines in a plot: its points from left to right."""
+
+    points: tuple[Point, ...]
+    dashed: bool = False
+    dots: bool = True
+
+
+def lines(
+    drawn: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    base: Point | None = None,
+    ratios: bool = False,
+    ringed: Sequence[Point] = (),
+) -> str:
+    """Several lines on the same axes.
+
+    Args:
+        drawn: the lines; what they are called is the caller's to say beside the plot.
+        x_label: what is on the x axis.
+        y_label: what is measured.
+        base: the unmodified model: a point, whose value also runs across the plot.
+        ratios: show x, which must be positive, in equal ratios.
+        ringed: points of the lines that a ring sets apart.
+    """
+    points = [point for line in drawn for point in line.points] + ([base] if base else [])
+    if ratios:
+        edges = (min(point.x for point in points) / 1.25, max(point.x for point in points) * 1.25)
+        xs = ratio_ticks(*edges)
+    else:
+        xs = ticks(*_bounds([point.x for point in points], True))
+        edges = (xs[0], xs[-1])
+    ys = ticks(*_bounds([value for point in points for value in (point.low, point.high)], False))
+    x_of = Scale(*edges, LEFT, WIDTH - RIGHT, ratios)
+    y_of = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_frame(xs, ys, x_of, y_of, x_label, y_label)]
+    if base is not None:
+        y = y_of(base.y)
+        parts.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for line in drawn:
+        places = [(x_of(point.x), y_of(point.y)) for point in line.points]
+        parts.append(
+            f'<g class="s{line.points[0].series}"><polyline class="curve{" dashed" * line.dashed}" '
+            f'points="{_listed(places)}"/>{"".join(_whisker(point, x_of, y_of) for point in line.points)}</g>'
+        )
+    for point in [point for line in drawn if line.dots for point in line.points] + ([base] if base else []):
+        parts.append(
+            f'<g class="s{point.series}"><title>{escape(point.tip)}</title>'
+            f'<circle class="dot" cx="{x_of(point.x):.1f}" cy="{y_of(point.y):.1f}" r="4.5"/></g>'
+        )
+    for point in ringed:
+        parts.append(f'<circle class="ring" cx="{x_of(point.x):.1f}" cy="{y_of(point.y):.1f}" r="8"/>')
+    return "".join(parts) + "</svg>"
+
+
+def ratio_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten inside [low, high], or the powers alone where that would be many.
+
+    >>> ratio_ticks(0.8, 30), ratio_ticks(2, 30_000)
+    ([1.0, 2.0, 5.0, 10.0, 20.0], [10.0, 100.0, 1000.0, 10000.0])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1,)):
+        inside = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(inside) <= 7:
+            break
+    return inside
+
+
+def _whisker(point: Point, x_of: Scale, y_of: Scale) -> str:
+    if point.low == point.high:
+        return ""
+    x = x_of(point.x)
+    return f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(point.high):.1f}" y2="{y_of(point.low):.1f}"/>'
+
+
+def legend(names: Sequence[tuple[int, str]]) -> str:
+    """What the colours of a plot's lines stand for: (series, name)."""
+    told = "".join(f'<span class="s{series}"><i class="key"></i>{escape(name)}</span>' for series, name in names)
+    return f'<p class="legend">{told}</p>'
+
+
 def _frame(xs: Sequence[float], ys: Sequence[float], x_of: Scale, y_of: Scale, x_label: str, y_label: str) -> str:
     """The start of a plot: its grid, ticks and what its axes are called."""
     parts = [

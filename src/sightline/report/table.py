@@ -52,6 +52,7 @@ def as_dict(summary: Summary, method: MethodSummary) -> dict[str, Any]:
     cost = method.cost
     ratio = {"visual_tokens": token_ratio(method), **{name: cost_ratio(method, name) for name in COSTS}}
     pair = next((effect for effect in summary.pairs if effect.pair == method.method), None)
+    random = next((one for one in summary.against_random if one.entry == method.method), None)
     return {
         "method": method.method,
         "benchmark": summary.settings["benchmark"],
@@ -77,6 +78,12 @@ def as_dict(summary: Summary, method: MethodSummary) -> dict[str, Any]:
             "ratio": {name: cost_ratio(method, name) for name in ANSWER_COSTS if name != "calls"},
         },
         "pair": asdict(pair) if pair else None,
+        "counted": {
+            "layer_visual_tokens": method.layer_visual_tokens,
+            "prefill_flops_ratio": method.flops_ratio,
+            "cache_ratio": method.cache_ratio,
+        },
+        "against_random": asdict(random) if random else None,
     }
 
 
@@ -107,6 +114,10 @@ def tables(summary: Summary) -> RenderableType:
         parts.append(_changes(summary))
     if summary.pairs:
         parts.append(_pairs(summary))
+    if any(method.flops_ratio not in (None, 1) for method in summary.methods):
+        parts.append(_counted(summary))
+    if summary.against_random:
+        parts.append(_against_random(summary))
     parts += [_costs(summary), *_all_scores(summary)]
     return Group(*parts, *(Text(note) for note in notes(summary)))
 
@@ -130,6 +141,11 @@ def notes(summary: Summary) -> list[str]:
         told.append(
             "Pairs: the headline of the pair minus that of the better of its two methods, tested on the same items; p "
             "adjusted for the number of pairs."
+        )
+    if summary.against_random:
+        told.append(
+            "Against random: the headline minus that of dropping as many visual tokens at random, tested on the same "
+            "items; p adjusted for the number of such comparisons."
         )
     if summary.rule:
         told.append(f"Yes or no was read by the rule {summary.rule!r}.")
@@ -295,6 +311,26 @@ def _pairs(summary: Summary) -> Table:
     for effect in summary.pairs:
         told = f"{probability(effect.p_value)}, {beyond(summary, effect)}"
         table.add_row(effect.pair, effect.better, difference(summary.headline, effect.difference), told)
+    return table
+
+
+def _counted(summary: Summary) -> Table:
+    table = _table("method", "visual tokens,\nmean over layers", "operations,\ncounted", "cache,\ncounted")
+    for method in summary.methods:
+        tokens = method.layer_visual_tokens
+        cells = ["" if tokens is None else f"{tokens:.4g}"]
+        cells += ["" if ratio is None else f"×{ratio:.3f}" for ratio in (method.flops_ratio, method.cache_ratio)]
+        table.add_row(method.method, *cells)
+    return table
+
+
+def _against_random(summary: Summary) -> Table:
+    table = _table("method", "random choice", "beyond it,\npoints", "")
+    for one in summary.against_random:
+        better = (one.difference < 0) == lower_is_better(summary.headline)
+        told = "no difference shown" if one.no_difference_shown else "better" if better else "worse"
+        points = difference(summary.headline, one.difference)
+        table.add_row(one.entry, one.reference, points, f"{probability(one.p_value)}, {told}")
     return table
 
 
