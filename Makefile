@@ -56,7 +56,7 @@ demo: install
 	$(BIN)/sightline report $(DEMO)
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(DEV)
 	$(BIN)/python -m ruff check .

@@ -69,15 +69,24 @@ LOOKS_FIRST = "agla"
 """Reads the prompt once by itself, to see where the model looks, and encodes what it makes of the picture."""
 
 
-def expected_runs(methods: list[Method], rows: int, prompt: int, new: int, whole: int = 0) -> list[tuple[int, int]]:
+READS_THE_QUESTION = "inference_optimal"
+"""Reads the questions of the rows with pictures by themselves, before it makes visual tokens."""
+
+
+def expected_runs(
+    methods: list[Method], rows: int, prompt: int, new: int, whole: int = 0, asked: tuple[int, int] | None = None
+) -> list[tuple[int, int]]:
     """From the kinds of the methods: the prompt is read once, with a row more for each branch, and `whole`, before
-    tokens are dropped, by the method that looks first."""
+    tokens are dropped, by the method that looks first; before that what is `asked`, where the question is read alone.
+    """
     steering = sum(isinstance(method, HiddenSteering) for method in methods)
     while_reading = sum(isinstance(method, AttentionSteering) for method in methods)
     contrastive = [method.paper for method in methods if isinstance(method, ContrastiveDecoding)]
     to_the_end = len({"shared" if paper in WITHOUT_PICTURE else paper for paper in contrastive})
     extra = [(rows, whole or prompt)] * (LOOKS_FIRST in contrastive) + [(2 * rows, prompt)] * steering
-    return [*extra, (rows * (1 + while_reading + to_the_end), prompt)] + [(rows * (1 + to_the_end), 1)] * (new - 1)
+    first = [asked] if asked and READS_THE_QUESTION in {method.paper for method in methods} else []
+    read = (rows * (1 + while_reading + to_the_end), prompt)
+    return [*first, *extra, read] + [(rows * (1 + to_the_end), 1)] * (new - 1)
 
 
 @works
@@ -90,7 +99,11 @@ def test_the_prompt_is_read_once(name: str, family: str) -> None:
         generate(model, batch)
     assert attachment.columns is not None
     prompt = attachment.columns.shape[1]
-    assert attached.runs == expected_runs([method], 3, prompt, 4)
+    assert attached.runs == expected_runs([method], 3, prompt, 4, asked=attached.runs[0])
+    if name == READS_THE_QUESTION:
+        rows, longest = attached.runs[0]
+        assert rows == 2
+        assert longest < int((batch["input_ids"] != anatomy_of(family).image_token_id).sum(dim=1).max())
     put_in = bool((attachment.columns < 0).any())
     assert prompt == batch["input_ids"].shape[1] or attachment.kept is not None or put_in
     assert attached.encoded == stock.encoded + (isinstance(method, PictureView) or name == LOOKS_FIRST)
@@ -116,7 +129,8 @@ def test_without_a_cache_what_the_prompt_told_is_not_asked_again(name: str, fami
         generate(model, batch, use_cache=False)
     with sl.attach(model, method), Counter(family) as attached:
         generate(model, batch, use_cache=False)
-    assert [rows for rows, _ in attached.runs] == [rows for rows, _ in expected_runs([method], 1, 0, 4)]
+    expected = expected_runs([method], 1, 0, 4, asked=(1, 0))
+    assert [rows for rows, _ in attached.runs] == [rows for rows, _ in expected]
     assert attached.encoded == stock.encoded + (isinstance(method, PictureView) or name == LOOKS_FIRST)
 
 

@@ -184,7 +184,7 @@ class Boundary:
         visual = self.anatomy.visual_positions(ids)
         if bool(visual.any()):
             mask = kwargs.get("attention_mask")
-            _check_prompt(mask, cache)
+            _check_prompt(mask, cache, packed=kwargs.get("use_cache") is False)
             given = encoded.get("image")
             if given is None:
                 self._encoded = None  # the pictures are encoded inside this forward
@@ -523,13 +523,13 @@ def _given_again() -> InputError:
     )
 
 
-def _check_prompt(mask: Any, cache: Any) -> None:
+def _check_prompt(mask: Any, cache: Any, *, packed: bool) -> None:
     if cache is not None and getattr(cache, "is_compileable", False):
         raise InputError(
             "with methods attached generation needs the dynamic cache, not a static one: leave cache_implementation out"
         )
-    if cache is None and isinstance(mask, Tensor) and mask.ndim == 4:
-        return  # a training step, whose rows may hold several questions
+    if packed and isinstance(mask, Tensor) and mask.ndim == 4:
+        return  # without a cache, as in training, rows may hold several questions
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise InputError("with methods attached, give the ordinary attention_mask of shape [rows, length]")
     if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
