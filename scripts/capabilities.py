@@ -1,6 +1,7 @@
 """Writes docs/capabilities.md: which method works on which family, and how; nothing in it is typed by hand.
 
-Every method of the catalogue, at its default settings, is attached to a tiny random-weight model of every family
+Every method of the catalogue, at its default settings (with random weights where it has its own), is attached to a tiny
+random-weight model of every family
 (`tests/families.py`) and tried. A cell says `yes` where the answer was the one that it has to be, and `refused` where
 the method, or the engine, said that it cannot do this, with the reason below. Anything else is a defect: it is written
 down as `FAILS` and the script ends with 1. `--check` writes nothing and exits with 1 where the file is stale.
@@ -21,11 +22,18 @@ from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import Method, attach, methods
+from sightline.reduction.trained_reducer import TrainedReducer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "capabilities.md"
 NEW_TOKENS = 4
 YES, REFUSED = "yes", "refused"
+SIZES: dict[str, dict[str, Any]] = {
+    "b_vllm": {"selected": 4, "queries": 4, "width": 16, "heads": 2},
+    "inference_optimal": {"stride": 2},
+    "mqt": {"tokens": 5, "max_tokens": 16},
+}
+"""Of the tiny models' pictures, which have sixteen visual tokens."""
 
 
 def tiny_families() -> ModuleType:
@@ -146,9 +154,15 @@ def attachable() -> list[str]:
     return [name for name, kind in methods().items() if kind.attaches]
 
 
+def small(name: str) -> Method:
+    """The method at its default settings; one with weights of its own has random ones, of a size that fits."""
+    kind = methods()[name]
+    return kind(**SIZES.get(name, {}), weights="untrained") if issubclass(kind, TrainedReducer) else kind()
+
+
 def method_rows(name: str, trials: dict[str, Trial]) -> list[list[str]]:
     """For each family, what the method does there."""
-    method = methods()[name]()
+    method = small(name)
     return [
         [family, *(tried(trial, [method], behaviour) for behaviour in BEHAVIOURS.values())]
         for family, trial in trials.items()
@@ -157,12 +171,11 @@ def method_rows(name: str, trials: dict[str, Trial]) -> list[list[str]]:
 
 def pair_rows(trials: dict[str, Trial]) -> list[list[str]]:
     """For each ordered pair of methods, whether both at once give the same answer with a cache and without."""
-    known = methods()
     pairs = [(first, second) for first in attachable() for second in attachable() if first != second]
     return [
         [
             f"{first}+{second}",
-            *(tried(trial, [known[first](), known[second]()], without_cache) for trial in trials.values()),
+            *(tried(trial, [small(first), small(second)], without_cache) for trial in trials.values()),
         ]
         for first, second in pairs
     ]
@@ -175,7 +188,8 @@ def capabilities() -> str:
         "# What works where",
         "",
         "Written by `python scripts/capabilities.py`, which tries every method, at its default settings, on a tiny",
-        "random-weight model of every family. `yes`: it ran, and the answer was the one that it has to be. `refused`:",
+        "random-weight model of every family (methods with weights of their own have random ones too, and sizes that",
+        "fit). `yes`: it ran, and the answer was the one that it has to be. `refused`:",
         "it is not possible, and one clear error says why.",
         "",
         "| tried | what has to hold |",

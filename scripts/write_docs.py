@@ -3,6 +3,7 @@
 - `docs/methods/<slug>.md`: the paper, the method's own documentation, its parameters, where it works (from
   `docs/capabilities.md`), and what was measured;
 - `docs/grounding.md`: the ledger of the grounding methods, with several seeds of a smaller model;
+- `docs/reduction.md`: fewer visual tokens against quality and time (see `reduction_docs.py`);
 - `docs/encoders.md`: all encoders, what was seen with small ones, their speed (see `encoder_docs.py`);
 - the table of methods and the built-in model's skills, between the markers in `README.md`.
 
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from encoder_docs import page as encoder_page
+from reduction_docs import measured as measured_reduction
+from reduction_docs import page as reduction_page
 
 from sightline.methods import Method, methods
 from sightline.papers import paper, peers
@@ -235,7 +238,7 @@ def page(slug: str, method: type[Method]) -> str:
         "## Where it works\n",
         capabilities(slug),
         "## What was measured here\n",
-        "\n".join(measured(slug)) or "Nothing yet.\n",
+        "\n".join([*measured(slug), *measured_reduction(RESULTS, slug)]) or "Nothing yet.\n",
         *(["\n".join(sensitivity(slug))] if results("validation") else []),
     ]
     return "\n".join(parts)
@@ -399,6 +402,7 @@ def files() -> dict[Path, str]:
         readme: text,
         ROOT / "docs" / "grounding.md": ledger(),
         ROOT / "docs" / "encoders.md": encoder_page(RESULTS),
+        ROOT / "docs" / "reduction.md": reduction_page(RESULTS),
     }
     return written | pages
 

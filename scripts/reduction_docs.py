@@ -1,0 +1,183 @@
+"""What `write_docs.py` writes about fewer visual tokens: `docs/reduction.md`, from `docs/results`.
+
+`reduction.jsonl` and `trained_reduction.jsonl` are what `scripts/measure_reduction.py` wrote, `positions.jsonl` what
+`scripts/measure_positions.py` wrote, `scaling.jsonl` a line with the command and what `sightline scaling --json`
+printed, `prefill_speed.jsonl` what `benchmarks/prefill.py --json` printed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Fewer visual tokens, measured
+
+Made by `scripts/write_docs.py` from `docs/results`. The skills are the questions of `sightline bench --benchmark
+skills` on test scenes of the picture world; *all* is the share of right answers to yes/no, colour, count, relation and
+place questions together. A method is compared with the unmodified model on the same items, and with random dropping of
+as many tokens (paired tests, adjusted for the number of comparisons; in bold where a difference is shown).
+
+## Without training, on picturebook-nano
+
+`python scripts/measure_reduction.py`. `positions=kept` leaves the positions of the tokens that stay as they were.
+
+| method | tokens | FLOPs | all % | of stock | beyond random | colour | count | relation | place | CHAIR_i | recall |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+TRAINED_HEAD = """## Trained with the decoder
+
+`sightline train reduce` starts from picturebook-nano, `python scripts/measure_reduction.py --trained` measures: each
+method on the checkpoint that was trained with it; *off* is that checkpoint without it. What is kept is the share of the
+unmodified picturebook-nano's {stock} %.
+
+| method | trained | tokens | all % | of picturebook-nano's | colour | count | relation | place | CHAIR_i | recall |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+POSITIONS_HEAD = """## Visual positions in long prompts (V2PE)
+
+`python scripts/measure_positions.py`: a decoder of two layers reads prompts of pictures and finds a needle; trained on
+up to 7 pictures, asked at 1, 4 and 8 times that length with visual steps of the given size. Accuracy in %, mean (lowest
+to highest seed).
+
+| trained with | asked with | {times} |
+| --- | --- |{rule}"""
+SCALING_HEAD = """## Larger decoders or more visual tokens?
+
+`{command}`: decoders of several sizes trained from nothing on picturebook-nano's frozen tower, its visual tokens
+averaged to T; error = A / N^alpha / T^beta + D, as in Inference Optimal VLMs. Brackets: 95 % interval of a residual
+bootstrap.
+
+| errors of | cells | alpha | beta | alpha / beta |
+| --- | --- | --- | --- | --- |"""
+SPEED_HEAD = """## Reading a prompt faster
+
+`benchmarks/prefill.py`: {about}. The decoder's time for a prompt of {tokens} visual tokens with a question, over that
+for what is left of it; the target is four fifths of the ratio of the counted operations.
+
+| batch | method | tokens | speed-up | operations, times fewer | share | met |
+| --- | --- | --- | --- | --- | --- | --- |"""
+SKILLS = ("colour", "count", "relation", "place")
+
+
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    file = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def page(folder: Path) -> str:
+    """The whole page."""
+    parts = [HEAD, *free_rows(results(folder, "reduction")), ""]
+    for rows in (trained_rows(folder), position_rows(folder), scaling_rows(folder), speed_rows(folder)):
+        lines = list(rows)
+        parts += [*lines, ""] if lines else []
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def measured(folder: Path, slug: str) -> Iterator[str]:
+    """What a method's own page says of it."""
+    lines = results(folder, "reduction")
+    own = [line for line in lines if line["method"].partition(":")[0] in (slug, "none")]
+    if len(own) > 1:
+        yield "Skills on the picture world, share of right answers in % ([all methods](../reduction.md)):\n"
+        yield "| setting | visual tokens | all | " + " | ".join(SKILLS) + " |"
+        yield "| --- | --- | --- |" + " --- |" * len(SKILLS)
+        for line in own:
+            cells = [f"`{line['method']}`", f"{line['visual_tokens']:.0f}", all_of(line), *skills(line)[: len(SKILLS)]]
+            yield f"| {' | '.join(cells)} |"
+        yield ""
+    if any(line["method"].partition(":")[0] == slug for line in results(folder, "trained_reduction")):
+        yield "Trained with the decoder: see [the page on fewer visual tokens](../reduction.md).\n"
+
+
+def free_rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A row a method and share, those with most tokens first."""
+    stock = next((line["scores"]["all"] for line in lines if line["method"] == "none"), None)
+    for line in sorted(lines, key=lambda line: -line["visual_tokens"]):
+        random = line["against_random"]
+        beyond = "" if random is None else f"{100 * random['difference']:+.1f}"
+        beyond = f"**{beyond}**" if random is not None and random["p_value"] < 0.05 else beyond
+        counted = line["counted"]["prefill_flops_ratio"]
+        cells = [
+            f"`{line['method']}`",
+            f"{line['counted']['layer_visual_tokens'] or line['visual_tokens']:.0f}",
+            "" if counted is None else f"{percent(counted)} %",
+            all_of(line),
+            f"{percent(line['scores']['all'] / stock)} %",
+            beyond,
+        ]
+        yield f"| {' | '.join([*cells, *skills(line)])} |"
+
+
+def all_of(line: dict[str, Any]) -> str:
+    """The share of right answers, in bold where it differs from the unmodified model's."""
+    shown = line["method"] != "none" and (line["p_value"] or 1.0) < 0.05
+    return f"**{percent(line['scores']['all'])}**" if shown else percent(line["scores"]["all"])
+
+
+def skills(line: dict[str, Any]) -> list[str]:
+    names = (*SKILLS, "caption_chair_i", "caption_recall")
+    return [percent(line["scores"][name]) if name in line["scores"] else "" for name in names]
+
+
+def trained_rows(folder: Path) -> Iterator[str]:
+    lines = results(folder, "trained_reduction")
+    stock = next((line["scores"]["all"] for line in results(folder, "reduction") if line["method"] == "none"), None)
+    if not lines or stock is None:
+        return
+    yield TRAINED_HEAD.format(stock=percent(stock))
+    for line in lines:
+        recipe = line["recipe"]
+        how = f"{recipe['steps']} steps of {recipe['batch']}"
+        name = "off" if line["method"] == "none" else f"`{line['method']}`"
+        cells = [name, f"`{recipe['method']}`, {how}", f"{line['visual_tokens']:.1f}", percent(line["scores"]["all"])]
+        yield f"| {' | '.join([*cells, percent(line['scores']['all'] / stock) + ' %', *skills(line)])} |"
+
+
+def position_rows(folder: Path) -> Iterator[str]:
+    lines = results(folder, "positions")
+    if not lines:
+        return
+    times = sorted({line["times"] for line in lines})
+    yield POSITIONS_HEAD.format(times=" | ".join(f"x {one}" for one in times), rule=" --- |" * len(times))
+    for trained, step in dict.fromkeys((line["trained_with"], line["step"]) for line in lines):
+        cells = []
+        for one in times:
+            of_seeds = [
+                line["accuracy"]
+                for line in lines
+                if (line["trained_with"], line["step"], line["times"]) == (trained, step, one)
+            ]
+            low, high = percent(min(of_seeds)), percent(max(of_seeds))
+            cells.append(f"{percent(statistics.fmean(of_seeds))} ({low} to {high})")
+        yield f"| {trained} | {step:g} | {' | '.join(cells)} |"
+
+
+def scaling_rows(folder: Path) -> Iterator[str]:
+    lines = results(folder, "scaling")
+    if not lines:
+        return
+    yield SCALING_HEAD.format(command=lines[0]["command"])
+    for line in lines[1:]:
+        cells = [line["errors_of"], str(line["cells"])]
+        for name in ("alpha", "beta", "ratio"):
+            value, interval = line[name], line["intervals"].get(name)
+            cells.append(f"{value:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
+        yield f"| {' | '.join(cells)} |"
+
+
+def speed_rows(folder: Path) -> Iterator[str]:
+    lines = results(folder, "prefill_speed")
+    if not lines:
+        return
+    about = f"{lines[0]['note'].partition(';')[0]}; {lines[0]['machine']['device']}"
+    yield SPEED_HEAD.format(about=about, tokens=lines[0]["rows"][0]["visual tokens"])
+    for line in lines:
+        for row in line["rows"][1:]:
+            cells = [line["benchmark"].rpartition(" ")[2], f"`{row['name']}`", f"{row['visual tokens']:g}"]
+            cells += [f"{row['speed-up']:.2f}", f"{row['operations / fewer']:.2f}", f"{100 * row['share']:.0f} %"]
+            yield f"| {' | '.join([*cells, 'yes' if row['met'] else 'no'])} |"
