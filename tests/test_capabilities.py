@@ -49,7 +49,7 @@ def test_the_file_lists_exactly_the_methods_and_families_that_there_are(script: 
 def test_every_cell_says_yes_or_refused() -> None:
     cells = [cell for rows in tables().values() for row in rows[1:] for cell in row[1:]]
     assert set(cells) <= {"yes", "refused"}
-    assert cells.count("yes") > cells.count("refused")
+    assert cells.count("yes") > len(cells) / 3  # half of the pairs are of two reducers, which exclude each other
 
 
 @pytest.mark.parametrize("name", NAMES)
