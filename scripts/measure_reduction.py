@@ -29,13 +29,14 @@ SWEPT = (
     "fopru:strategy=row",
 )
 SWEPT += ("simvlg", "visionzip", "tome", "fastv")
+RANDOM_16 = ["random_dropping:keep=0.16,positions=kept"]
 SETTINGS = {
-    "mqt": [f"mqt:max_tokens=100,num_heads=8,tokens={tokens}" for tokens in (100, 36, 16, 4, 1)],
-    "voco_llama": ["voco_llama:tokens=2"],
+    "mqt": [f"mqt:max_tokens=100,num_heads=8,tokens={tokens}" for tokens in (100, 36, 16, 4, 1)] + RANDOM_16,
+    "voco_llama": ["voco_llama:tokens=2", "random_dropping:keep=0.02,positions=kept"],
     "inference_optimal": ["inference_optimal:stride=5"],
-    "atp_llava": [f"atp_llava:strictness={strictness}" for strictness in (1, 0.8, 1.2)],
+    "atp_llava": [f"atp_llava:strictness={strictness}" for strictness in (0, -1, 1)],
 }
-"""What each trained method is asked with; the first entry is what it was trained for."""
+"""What each trained method is asked with, and dropping about as many tokens at random on the same checkpoint."""
 
 
 def training_free() -> Iterator[str]:
