@@ -51,7 +51,7 @@ from sightline.picturebook.scene import (
     random_stream,
     sample_scene,
 )
-from sightline.training.run import State, append_log, claim, progress_bar
+from sightline.training.run import State, append_log, checkpoint_folder, claim, progress_bar
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -409,7 +409,10 @@ def train(
     run = _Run(recipe, out, modules, packer, checkpoint_every, workers, quiet)
     run.phase("warm-up", recipe.warm_up_steps, recipe.warm_up_learning_rate)
     run.phase("joint", recipe.steps, recipe.learning_rate)
-    return _finish(model, tokenizer, out)
+    with checkpoint_folder(out) as folder:
+        model.save_pretrained(folder)
+        build_processor(tokenizer).save_pretrained(folder)
+    return out / "checkpoint"
 
 
 class _Run:
@@ -496,17 +499,6 @@ def _tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
         build_tokenizer(text_corpus(), SHAPES[recipe.size].vocabulary).save_pretrained(scratch)
         scratch.rename(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _finish(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
-    """Writes the checkpoint beside its final place and moves it there, so that a half-written one is never seen."""
-    final, scratch = out / "checkpoint", out / "checkpoint.partial"
-    for folder in (scratch, final):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(scratch)
-    build_processor(tokenizer).save_pretrained(scratch)
-    scratch.rename(final)
-    return final
 
 
 def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ Step `s` always sees the same rows, so a killed run resumes where its last check
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ from sightline.training.nano import (
     schedule,
     validation_step,
 )
-from sightline.training.run import State, append_log, claim, progress_bar
+from sightline.training.run import State, append_log, checkpoint_folder, claim, progress_bar
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, ProcessorMixin
@@ -382,7 +381,12 @@ def train(
                 own.clear()
             if done % checkpoint_every == 0 or last:
                 state.save("joint", done, optimizer)
-    return _finish(model, processor, method, module, out)
+    with checkpoint_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if isinstance(method, TrainedReducer):
+            save(method, module, folder)
+    return out / "checkpoint"
 
 
 @torch.no_grad()
@@ -450,22 +454,3 @@ def _groups(trained: nn.ModuleDict, recipe: ReduceRecipe) -> list[dict[str, Any]
     return [
         {"params": some, "highest": rate, "lr": rate, "weight_decay": decay} for (rate, decay), some in groups.items()
     ]
-
-
-def _finish(
-    model: LlavaForConditionalGeneration,
-    processor: ProcessorMixin,
-    method: Method,
-    module: nn.Module,
-    out: Path,
-) -> Path:
-    """Writes the checkpoint beside its final place and moves it there, so that a half-written one is never seen."""
-    final, scratch = out / "checkpoint", out / "checkpoint.partial"
-    for folder in (scratch, final):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(scratch)
-    processor.save_pretrained(scratch)
-    if isinstance(method, TrainedReducer):
-        save(method, module, scratch)
-    scratch.rename(final)
-    return final

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,17 @@ def append_log(out: Path, line: dict[str, Any]) -> None:
     """Adds a line to the run's `log.jsonl`."""
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def checkpoint_folder(out: Path) -> Iterator[Path]:
+    """A folder to write a finished checkpoint into, which becomes `out/checkpoint` at the end of the block, so that a
+    half-written one is never seen."""
+    final, scratch = out / "checkpoint", out / "checkpoint.partial"
+    for folder in (scratch, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    yield scratch
+    scratch.rename(final)
 
 
 def progress_bar(quiet: bool) -> Progress:
