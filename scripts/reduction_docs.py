@@ -32,8 +32,8 @@ TRAINED_HEAD = """## Trained with the decoder
 method on the checkpoint that was trained with it; *off* is that checkpoint without it. What is kept is the share of the
 unmodified picturebook-nano's {stock} %.
 
-| method | trained | tokens | all % | of picturebook-nano's | colour | count | relation | place | CHAIR_i | recall |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+| method | trained | tokens | all % | of nano's | beyond random | colour | count | relation | place | CHAIR_i | recall |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 POSITIONS_HEAD = """## Visual positions in long prompts (V2PE)
 
 `python scripts/measure_positions.py`: a decoder of two layers reads prompts of pictures and finds a needle; trained on
@@ -98,9 +98,6 @@ def free_rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A row a method and share, those with most tokens first."""
     stock = next((line["scores"]["all"] for line in lines if line["method"] == "none"), None)
     for line in sorted(lines, key=lambda line: -line["visual_tokens"]):
-        random = line["against_random"]
-        beyond = "" if random is None else f"{100 * random['difference']:+.1f}"
-        beyond = f"**{beyond}**" if random is not None and random["p_value"] < 0.05 else beyond
         counted = line["counted"]["prefill_flops_ratio"]
         cells = [
             f"`{line['method']}`",
@@ -108,7 +105,7 @@ def free_rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
             "" if counted is None else f"{percent(counted)} %",
             all_of(line),
             f"{percent(line['scores']['all'] / stock)} %",
-            beyond,
+            beyond_random(line),
         ]
         yield f"| {' | '.join([*cells, *skills(line)])} |"
 
@@ -117,6 +114,15 @@ def all_of(line: dict[str, Any]) -> str:
     """The share of right answers, in bold where it differs from the unmodified model's."""
     shown = line["method"] != "none" and (line["p_value"] or 1.0) < 0.05
     return f"**{percent(line['scores']['all'])}**" if shown else percent(line["scores"]["all"])
+
+
+def beyond_random(line: dict[str, Any]) -> str:
+    """By how many points it is better than dropping as many tokens at random, where both were measured."""
+    random = line["against_random"]
+    if random is None:
+        return ""
+    points = f"{100 * random['difference']:+.1f}"
+    return f"**{points}**" if random["p_value"] < 0.05 else points
 
 
 def skills(line: dict[str, Any]) -> list[str]:
@@ -135,7 +141,8 @@ def trained_rows(folder: Path) -> Iterator[str]:
         how = f"{recipe['steps']} steps of {recipe['batch']}"
         name = "off" if line["method"] == "none" else f"`{line['method']}`"
         cells = [name, f"`{recipe['method']}`, {how}", f"{line['visual_tokens']:.1f}", percent(line["scores"]["all"])]
-        yield f"| {' | '.join([*cells, percent(line['scores']['all'] / stock) + ' %', *skills(line)])} |"
+        cells += [f"{percent(line['scores']['all'] / stock)} %", beyond_random(line)]
+        yield f"| {' | '.join([*cells, *skills(line)])} |"
 
 
 def position_rows(folder: Path) -> Iterator[str]:
