@@ -247,6 +247,16 @@ def test_a_branch_does_not_see_the_padding_of_later_tokens(family: str) -> None:
 refused_family = pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
 
 
+def test_a_question_so_long_that_nothing_visual_fits_is_refused() -> None:
+    model = tiny.tiny_model("llava")
+    room = model.config.text_config.max_position_embeddings = 40
+    question = [7] * room
+    with sl.attach(model, EveryOther()), pytest.raises(InputError, match=r"tokens of text, and llava reads 40 at most"):
+        model(**tiny.inputs("llava", model, questions=[question]))
+    with sl.attach(model, EveryOther()):
+        model(**tiny.inputs("llava", model, questions=[question[:30]]))
+
+
 @refused_family
 @pytest.mark.parametrize("method", [Nothing(), EveryOther(), Mirror()], ids=lambda method: method.paper)
 class TestRefusals:

@@ -225,6 +225,7 @@ class Boundary:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
         flat = mask if mask is None or mask.ndim == 2 else None
+        _check_room(self.anatomy, visual, flat)
         call = Call(self, ids, visual, flat, self._encoded, prompt_length=self.prompt_length or ids.shape[1])
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if int(visual.sum()) != len(features):
@@ -535,6 +536,16 @@ def _check_prompt(mask: Any, cache: Any, *, packed: bool) -> None:
     if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
         raise InputError(
             "pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column"
+        )
+
+
+def _check_room(anatomy: Anatomy, visual: Tensor, mask: Tensor | None) -> None:
+    text = (~visual if mask is None else ~visual & mask.bool()).sum(dim=1)
+    longest, room = int(text[visual.any(dim=1)].max()), getattr(anatomy.text_config, "max_position_embeddings", None)
+    if room is not None and longest >= room:
+        raise InputError(
+            f"a prompt has {longest} tokens of text, and {anatomy.family} reads {room} at most: no visual token fits "
+            "beside them; shorten the question"
         )
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sightline.errors import InputError
-from sightline.methods import Method, in_range
+from sightline.methods import Method, in_range, methods
 from sightline.models.call import Reduced
 
 if TYPE_CHECKING:
+    from sightline.models.anatomy import Anatomy
     from sightline.models.call import Call, Encoded
 
 
@@ -70,6 +71,13 @@ class TokenReducer(Method):
 
     def identity(self) -> Self:
         return replace(self, keep=1.0)
+
+    def check(self, anatomy: Anatomy) -> None:
+        try:
+            super().check(anatomy)
+        except InputError as error:
+            others = [name for name, kind in methods().items() if issubclass(kind, TokenReducer) and not kind.needs_cls]
+            raise InputError(f"{error}; of the methods that drop visual tokens {', '.join(others)} need none") from None
 
     def scores(self, image: ImageTokens) -> Tensor:
         """A score for each visual token of one image, [n]; the highest are kept."""
