@@ -101,7 +101,7 @@ def free_rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         counted = line["counted"]["prefill_flops_ratio"]
         cells = [
             f"`{line['method']}`",
-            f"{line['counted']['layer_visual_tokens'] or line['visual_tokens']:.0f}",
+            f"{mean_tokens(line):.0f}",
             "" if counted is None else f"{percent(counted)} %",
             all_of(line),
             f"{percent(line['scores']['all'] / stock)} %",
@@ -114,6 +114,11 @@ def all_of(line: dict[str, Any]) -> str:
     """The share of right answers, in bold where it differs from the unmodified model's."""
     shown = line["method"] != "none" and (line["p_value"] or 1.0) < 0.05
     return f"**{percent(line['scores']['all'])}**" if shown else percent(line["scores"]["all"])
+
+
+def mean_tokens(line: dict[str, Any]) -> float:
+    """Visual tokens, the mean over the decoder's layers."""
+    return line["counted"]["layer_visual_tokens"] or line["visual_tokens"]
 
 
 def beyond_random(line: dict[str, Any]) -> str:
@@ -140,7 +145,7 @@ def trained_rows(folder: Path) -> Iterator[str]:
         recipe = line["recipe"]
         how = f"{recipe['steps']} steps of {recipe['batch']}"
         name = "off" if line["method"] == "none" else f"`{line['method']}`"
-        cells = [name, f"`{recipe['method']}`, {how}", f"{line['visual_tokens']:.1f}", percent(line["scores"]["all"])]
+        cells = [name, f"`{recipe['method']}`, {how}", f"{mean_tokens(line):.0f}", percent(line["scores"]["all"])]
         cells += [f"{percent(line['scores']['all'] / stock)} %", beyond_random(line)]
         yield f"| {' | '.join([*cells, *skills(line)])} |"
 
