@@ -48,7 +48,8 @@ SCALING_HEAD = """## Larger decoders or more visual tokens?
 
 `{command}`: decoders of several sizes trained from nothing on picturebook-nano's frozen tower, its visual tokens
 averaged to T; error = A / N^alpha / T^beta + D, as in Inference Optimal VLMs. Brackets: 95 % interval of a residual
-bootstrap.
+bootstrap; the exponents were searched from -1 to 4, and an interval that wide says that the grid does not determine
+them. (Stopped after nine of its twelve cells; its decoders have not learnt left from right yet.)
 
 | errors of | cells | alpha | beta | alpha / beta |
 | --- | --- | --- | --- | --- |"""
@@ -180,7 +181,9 @@ def scaling_rows(folder: Path) -> Iterator[str]:
         cells = [line["errors_of"], str(line["cells"])]
         for name in ("alpha", "beta", "ratio"):
             value, interval = line[name], line["intervals"].get(name)
-            cells.append(f"{value:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""))
+            known = interval is not None and None not in interval
+            bounds = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if known else ""
+            cells.append("" if value is None else f"{value:.3g}{bounds}")
         yield f"| {' | '.join(cells)} |"
 
 
