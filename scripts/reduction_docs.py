@@ -49,7 +49,7 @@ SCALING_HEAD = """## Larger decoders or more visual tokens?
 `{command}`: decoders of several sizes trained from nothing on picturebook-nano's frozen tower, its visual tokens
 averaged to T; error = A / N^alpha / T^beta + D, as in Inference Optimal VLMs. Brackets: 95 % interval of a residual
 bootstrap; the exponents were searched from -1 to 4, and an interval that wide says that the grid does not determine
-them. (Stopped after nine of its twelve cells; its decoders have not learnt left from right yet.)
+them. {note}
 
 | errors of | cells | alpha | beta | alpha / beta |
 | --- | --- | --- | --- | --- |"""
@@ -176,7 +176,7 @@ def scaling_rows(folder: Path) -> Iterator[str]:
     lines = results(folder, "scaling")
     if not lines:
         return
-    yield SCALING_HEAD.format(command=lines[0]["command"])
+    yield SCALING_HEAD.format(**lines[0])
     for line in lines[1:]:
         cells = [line["errors_of"], str(line["cells"])]
         for name in ("alpha", "beta", "ratio"):
