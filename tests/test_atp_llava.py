@@ -260,7 +260,7 @@ def test_a_training_step_drops_nothing_and_reaches_the_thresholds(trained: Any) 
     batch = tiny.inputs("llava", model, images_per_row=[2, 0, 1])
     with attach(model, method) as attachment:
         out = model(**batch, use_cache=True)
-        call = attachment._last_call()
+        call = attachment.call
         assert call is not None
         loss = method.training_loss(call)
     assert cached(out.past_key_values) == [batch["input_ids"].shape[1]] * 6
@@ -277,7 +277,7 @@ def test_the_loss_counts_deep_tokens_more_and_pulls_to_the_target(trained: Any) 
     batch = tiny.inputs("llava", model, images_per_row=[2, 0, 1])
     with attach(model, method) as attachment:
         model(**batch, use_cache=False)
-        call = attachment._last_call()
+        call = attachment.call
         assert call is not None
         loss = method.training_loss(call)
     mask = call.memory[method, "mask"].detach()
@@ -321,7 +321,7 @@ def test_training_teaches_a_module_to_keep_the_target(trained: Any) -> None:
     with attach(model, method) as attachment:
         for _ in range(25):
             model(**batch, use_cache=False)
-            call = attachment._last_call()
+            call = attachment.call
             assert call is not None
             loss = method.training_loss(call)
             assert loss is not None

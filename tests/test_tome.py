@@ -159,7 +159,7 @@ def test_what_other_methods_read_off_the_tower_is_of_its_patches() -> None:
     model = model_of("llava")
     batch = tiny.inputs("llava", model)
     entering, _, attachment = run(model, batch, ToMe(keep=0.4), sl.Damro(k=4))
-    read = attachment._last_call().encoded.readings["cls"]
+    read = attachment.call.encoded.readings["cls"]
     assert read.shape == (3, 16)
     for got, picture in zip(read, entering, strict=True):
         torch.testing.assert_close(got, slow_tower(anatomy_of("llava"), picture, 6)[2][1:], atol=1e-6, rtol=1e-4)

@@ -236,34 +236,31 @@ class Attachment:
     def kept(self) -> list[list[Tensor]] | None:
         """After a forward or a `generate`: for each row, for each of its images, the indices of the visual tokens that
         reached the decoder, in the order of the prompt; None when every token did."""
-        call = self._last_call()
+        call = self.call
         return call.kept if call is not None else None
 
     @property
     def columns(self) -> Tensor | None:
         """After a forward: int [B, T], for each column of the prompt that the decoder read, which of the given ones it
         was (-1: a method put it in), so that labels follow; None when no prompt with a picture was read."""
-        call = self._last_call()
+        call = self.call
         return call.columns if call is not None else None
 
     @property
     def visual_tokens(self) -> list[int]:
         """For each row, the visual tokens that reached the decoder."""
-        call = self._last_call()
+        call = self.call
         return call.visual_tokens if call is not None else []
 
     @property
     def visual_tokens_given(self) -> list[int]:
         """For each row, the visual tokens of its prompt."""
-        call = self._last_call()
+        call = self.call
         return call.visual.sum(dim=1).tolist() if call is not None else []
 
     @property
     def call(self) -> Call | None:
         """After a forward or a `generate`: what is known of its prompt; None when no prompt with a picture was read."""
-        return self._last_call()
-
-    def _last_call(self) -> Call | None:
         stack = _ATTACHED.get(self.model, [])
         boundary = stack[-1]._boundary if self in stack else None
         return self._final_call if boundary is None or boundary.last_call is None else boundary.last_call
@@ -332,7 +329,7 @@ def _rebuild(model: PreTrainedModel, stack: list[Attachment]) -> None:
         boundary = Boundary(anatomy, active)
     before = _ATTACHED.get(model, [])
     for attachment in before:
-        attachment._final_call = attachment._last_call()
+        attachment._final_call = attachment.call
     previous = before[-1]._boundary if before else None
     if previous is not None:
         previous.remove()

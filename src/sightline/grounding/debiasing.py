@@ -280,7 +280,7 @@ def _unknown_token(anatomy: Anatomy) -> int:
 def _first_left(call: Call, encoded: Encoded) -> Tensor:
     """bool [N]: of each image, the first visual token that the other methods leave in the prompt."""
     visible = torch.zeros(len(encoded.features), dtype=torch.bool, device=encoded.features.device)
-    left = next((one for method in call.boundary.methods if (one := method.reduced(call, encoded)) is not None), None)
+    left = call.reduced(encoded)
     for start, end in (image for row in call.images for image in row):
         visible[start + (0 if left is None else int(left.keep[start:end].int().argmax()))] = True
     return visible

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sightline.errors import InputError
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
-from sightline.models.call import Call, Encoded, Reduced, Stream
+from sightline.models.call import Call, Encoded, Stream
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
@@ -290,14 +290,14 @@ class Boundary:
                 else main.with_features(call.spread(other.features), [call.spread(layer) for layer in other.deepstack])
             )
 
-        reduced = self._reduced(call, call.encoded)
+        reduced = call.reduced(call.encoded)
         keeps: list[Tensor] = []
         if reduced is not None:
             others = [None, *(stream.encoded for stream in call.streams)]
             for index, (view, other) in enumerate(zip(list(views), others, strict=True)):
                 one = reduced
                 if other is not None and other.readings is not call.encoded.readings:
-                    one = self._reduced(call, other) or reduced
+                    one = call.reduced(other) or reduced
                 keeps.append(call.spread(one.keep))
                 # Features that stand for no picture of their own (a soft image) are left as they are.
                 if one.features is not None and (other is None or one is not reduced):
@@ -341,14 +341,6 @@ class Boundary:
         call.shift = torch.cat([call.last_position - view.positions[..., -1:] for view in views[:lasting]], dim=-2)
         for method in self.methods:
             method.before_prompt(call)
-
-    def _reduced(self, call: Call, encoded: Encoded) -> Reduced | None:
-        """What is left of the visual tokens, or None when no method drops or merges any."""
-        for method in self.methods:
-            reduced = method.reduced(call, encoded)
-            if reduced is not None:
-                return reduced
-        return None
 
     def _read_more(self, call: Call, kwargs: dict[str, Any]) -> None:
         embeds: Tensor = kwargs["inputs_embeds"]

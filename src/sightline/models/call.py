@@ -125,6 +125,7 @@ class Call:
     own_logits: Tensor | None = None
     """[B, vocabulary]: the model's own next-token logits of this step, before any method changed them."""
     _branches: Tensor | None = None
+    _reduced: dict[int, tuple[Encoded, Reduced | None]] = field(default_factory=dict)
 
     @functools.cached_property
     def rows(self) -> int:
@@ -246,6 +247,14 @@ class Call:
     def heard(self, hidden: list[Tensor]) -> None:
         """Takes the final hidden states of the streams at a new step."""
         self.hidden, self._branches = hidden, None
+
+    def reduced(self, encoded: Encoded) -> Reduced | None:
+        """What the methods leave of the visual tokens of these pictures; None when none drops or merges any. Asked of
+        the methods once a prompt."""
+        if id(encoded) not in self._reduced:
+            asked = (method.reduced(self, encoded) for method in self.boundary.methods)
+            self._reduced[id(encoded)] = encoded, next((one for one in asked if one is not None), None)
+        return self._reduced[id(encoded)][1]
 
     def spread(self, values: Tensor) -> Tensor:
         """[N, ...] of the encoded batch -> the same for the visual tokens of all rows, row after row."""
