@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline.errors import InputError
-from sightline.models.rows import causal, hide_keys
+from sightline.models.rows import causal, gather_square, hide_keys
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
@@ -201,10 +201,8 @@ class _Narrowing:
             return changed
         assert call.rows_real is not None
         rows, length = call.rows_real.shape
-        mask = causal(rows, length, length, index.device) if mask is None else mask.expand(rows, -1, -1, -1)
-        mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, index[:, None, None, :].expand(-1, mask.shape[1], index.shape[1], -1))
-        changed["attention_mask"] = hide_keys(mask, ~columns.real)
+        mask = causal(rows, length, length, index.device) if mask is None else mask
+        changed["attention_mask"] = hide_keys(gather_square(mask, index), ~columns.real)
         return changed
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:

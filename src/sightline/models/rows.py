@@ -109,15 +109,15 @@ def gather_mask(mask: AttentionMask, columns: Tensor, real: Tensor) -> Attention
     """
     if not isinstance(mask, dict) and (mask is None or mask.ndim == 2):
         return real.long()
-    return map_mask(mask, lambda one: None if one is None else _gather_square(one, columns, real))
+    return map_mask(mask, lambda one: None if one is None else hide_keys(gather_square(one, columns), ~real))
 
 
-def _gather_square(mask: Tensor, columns: Tensor, real: Tensor) -> Tensor:
+def gather_square(mask: Tensor, columns: Tensor) -> Tensor:
+    """What the queries `columns` [B, T] of a 4-D mask may see of the keys `columns`, [B, 1, T, T]."""
     rows, length = columns.shape
     mask = mask.expand(rows, -1, -1, -1)
     mask = mask.gather(2, columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-    mask = mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], length, -1))
-    return hide_keys(mask, ~real)
+    return mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], length, -1))
 
 
 def hide_keys(mask: Tensor, hidden: Tensor) -> Tensor:

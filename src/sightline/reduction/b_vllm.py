@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from sightline.errors import InputError, unknown
 from sightline.methods import in_range, register
 from sightline.models.anatomy import TowerReading
-from sightline.reduction.frame_reducer import FrameReducer, Frames, tower_width
+from sightline.reduction.frame_reducer import FrameReducer, Frames
 from sightline.reduction.merging import bipartite_soft_matching
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class BVllm(FrameReducer):
     def _vector_width(self, anatomy: Anatomy) -> int:
         if CLS_VECTOR in self.readings(anatomy):
             return int(anatomy.vision_config.hidden_size)
-        return tower_width(anatomy)
+        return anatomy.connector_width
 
     def build(self, anatomy: Anatomy) -> nn.Module:
         return BalancedSampler(
@@ -245,7 +245,7 @@ class BVllm(FrameReducer):
             width=self.width,
             layers=self.layers,
             heads=self.heads,
-            seen_width=tower_width(anatomy),
+            seen_width=anatomy.connector_width,
             text_width=int(anatomy.text_config.hidden_size),
         )
 

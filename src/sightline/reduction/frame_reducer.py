@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.errors import InputError
 from sightline.methods import Method
@@ -81,7 +81,7 @@ class FrameReducer(TrainedReducer):
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy, tower = call.boundary.anatomy, encoded.readings[TOWER]
         features = encoded.features.view(*tower.shape[:2], -1)
-        grids = anatomy.grids(call.inputs)
+        grids, names = anatomy.grids(call.inputs), list(self.readings(anatomy))
         keep = torch.zeros(len(encoded.features), dtype=torch.bool, device=features.device)
         outputs, seen = [], 0
         for row, images in enumerate(call.images):
@@ -92,7 +92,7 @@ class FrameReducer(TrainedReducer):
             seen, grid = pictures.stop, grids[seen]
             assert grid is not None
             text = question(call, row * call.beams)
-            readings = {name: encoded.readings[name][pictures] for name in self.readings(anatomy)}
+            readings = {name: encoded.readings[name][pictures] for name in names}
             tokens = self.tokens(Frames(anatomy, readings.pop(TOWER), features[pictures], grid, text, readings))
             if len(tokens) > last - first:
                 raise InputError(
@@ -102,12 +102,6 @@ class FrameReducer(TrainedReducer):
             keep[first : first + len(tokens)] = True
             outputs.append(tokens.to(features.dtype))
         return Reduced(keep, torch.cat(outputs))
-
-
-def tower_width(anatomy: Anatomy) -> int:
-    """C, the width of what a plain connector reads."""
-    assert anatomy.connector is not None
-    return next(module for module in anatomy.connector.modules() if isinstance(module, nn.Linear)).in_features
 
 
 def question(call: Call, row: int) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from sightline.errors import InputError
 from sightline.methods import in_range, register
 from sightline.mixers.bidirectional_mamba import BidirectionalMamba, Mamba, MambaState
-from sightline.reduction.frame_reducer import FrameReducer, Frames, tower_width
+from sightline.reduction.frame_reducer import FrameReducer, Frames
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
@@ -143,7 +143,7 @@ class Storm(FrameReducer):
         return self.layers > 0
 
     def build(self, anatomy: Anatomy) -> nn.Module:
-        return TemporalProjector(tower_width(anatomy), self.layers, forward_only=self.forward_only)
+        return TemporalProjector(anatomy.connector_width, self.layers, forward_only=self.forward_only)
 
     def tokens(self, frames: Frames) -> Tensor:
         features = frames.features

@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sightline.errors import InputError
 from sightline.methods import in_range, register
 from sightline.models.narrowing import slides
-from sightline.models.rows import causal, hide_keys
+from sightline.models.rows import causal, gather_square, hide_keys
 from sightline.reduction.trained_reducer import TrainedReducer
 
 if TYPE_CHECKING:
@@ -203,9 +203,7 @@ class Layout:
         order = causal(rows, length, length, self.source.device)
         if mask is not None and mask.ndim == 4:
             own = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            own = own.expand(rows, -1, -1, -1)
-            own = own.gather(2, self.source[:, None, :, None].expand(-1, 1, -1, own.shape[3]))
-            own = own.gather(3, self.source[:, None, None, :].expand(-1, 1, length, -1))
+            own = gather_square(own, self.source)
             together = (self.source[:, :, None] == self.source[:, None, :])[:, None]
             order = torch.where(together, order, own)
         square = order & visible(self.kind, self.group, cross_group=cross_group)[:, None]
