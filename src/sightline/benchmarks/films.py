@@ -34,8 +34,7 @@ from sightline.benchmarks.item import (
     matching,
     register_benchmark,
 )
-from sightline.benchmarks.skills import SHORT_ANSWER, normalised
-from sightline.benchmarks.statistics import wilson
+from sightline.benchmarks.skills import SHORT_ANSWER, by_turns, normalised, one_of, share_of_hits
 from sightline.errors import InputError
 from sightline.picturebook.films import (
     EVENTS,
@@ -86,23 +85,17 @@ class Films(Benchmark):
         world: Split = "held_out" if split == "held_out" else "test"
         wanted = USUAL_ITEMS if n is None else n
         films: list[Film] = []  # shared by the tasks
-        items = []
+        items: list[Item] = []
         for task in TASKS.values():
-            waiting: list[list[Item]] = [[] for _ in range(task.turns)]
-            seen = 0
-            for number in range(wanted):
-                # A film has a question for one turn or none. Where nothing waits for this turn, more films are seen.
-                own = waiting[number % task.turns]
-                while not own:
-                    index = seed * SCENES_PER_SEED + seen
-                    if seen == len(films):
-                        films.append(sample_film(world, index, frames=self.frames))
-                    found = task.ask(films[seen], index, random_stream("films", task.name, world, index))
-                    if found is not None:
-                        turn, question = found
-                        waiting[turn].append(_item(task.name, split, index, films[seen], question))
-                    seen += 1
-                items.append(own.pop(0))
+
+            def ask(seen: int, task: Task = task) -> tuple[int, Item] | None:
+                index = seed * SCENES_PER_SEED + seen
+                if seen == len(films):
+                    films.append(sample_film(world, index, frames=self.frames))
+                found = task.ask(films[seen], index, random_stream("films", task.name, world, index))
+                return found and (found[0], _item(task.name, split, index, films[seen], found[1]))
+
+            items += by_turns(wanted, task.turns, ask)
         return items
 
     def item_score(self, item: Item, text: str) -> dict[str, Any]:
@@ -119,11 +112,11 @@ class Films(Benchmark):
         """
         if not rows:
             raise InputError("there are no answers to score")
-        scores = {"all": _share(rows)}
+        scores = {"all": share_of_hits(rows)}
         for task in TASKS:
             own = [row for row in rows if row["task"] == task]
             if own:
-                scores[task] = _share(own)
+                scores[task] = share_of_hits(own)
         return scores
 
     def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
@@ -143,11 +136,6 @@ class Films(Benchmark):
 
 def _plain(text: str) -> str:
     return normalised(text).removeprefix("the ")
-
-
-def _share(rows: Sequence[Row]) -> Score:
-    hits, n = sum(bool(row["hit"]) for row in rows), len(rows)
-    return Score(hits / n, *wilson(hits, n), n)
 
 
 def _item(task: str, split: str, index: int, film: Film, question: Question) -> Item:
@@ -182,10 +170,6 @@ class Task:
     turns: int = 1
 
 
-def _one(options: Sequence[Any], rng: np.random.Generator) -> Any:
-    return options[int(rng.integers(len(options)))]
-
-
 def _order(film: Film, number: int, rng: np.random.Generator) -> tuple[int, Question] | None:
     events = orderable(film)
     if len(events) < 2:
@@ -199,7 +183,7 @@ def _motion(film: Film, number: int, rng: np.random.Generator) -> tuple[int, Que
     moved = movers(film)
     if not moved:
         return None
-    question = motion(film, _one(moved, rng))
+    question = motion(film, one_of(moved, rng))
     return [str(way) for way in WAYS].index(question.answer), question
 
 
@@ -209,7 +193,7 @@ def _count(film: Film, number: int, rng: np.random.Generator) -> tuple[int, Ques
         question = count_objects(film)
         return EVENTS.index(int(question.answer)), question
     kinds = sorted({event.actor.kind for event in film.events}, key=KINDS.index)
-    question = count_kind(film, _one(kinds, rng))
+    question = count_kind(film, one_of(kinds, rng))
     return len(EVENTS) + int(question.answer) - 1, question
 
 
@@ -218,7 +202,7 @@ def _flash(film: Film, number: int, rng: np.random.Generator) -> tuple[int, Ques
 
 
 def _appearance(film: Film, number: int, rng: np.random.Generator) -> tuple[int, Question]:
-    return 0, appearance(film, _one(film.still, rng))
+    return 0, appearance(film, one_of(film.still, rng))
 
 
 TASKS: dict[str, Task] = {

@@ -17,7 +17,8 @@ ends; a number may be a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -99,23 +100,18 @@ class Skills(Benchmark):
         world: Split = "held_out" if split == "held_out" else "test"
         wanted = USUAL_ITEMS if n is None else n
         drawn: dict[bool, list[Scene]] = {False: [], True: []}  # shared by the skills, as drawing lots takes time
-        items = []
+        items: list[Item] = []
         for skill in SKILLS.values():
-            waiting: list[list[Item]] = [[] for _ in range(skill.turns)]
-            seen = 0
-            for number in range(wanted):
-                # A scene has a question for one turn or none. Where nothing waits for this turn, more scenes are seen.
-                own = waiting[number % skill.turns]
-                while not own:
-                    scenes, index = drawn[skill.against], seed * SCENES_PER_SEED + seen
-                    if seen == len(scenes):
-                        scenes.append(sample_scene(world, index, against=skill.against))
-                    found = skill.ask(scenes[seen], index, random_stream("skills", skill.name, world, index))
-                    if found is not None:
-                        turn, question = found
-                        waiting[turn].append(_item(skill, split, index, scenes[seen], question))
-                    seen += 1
-                items.append(own.pop(0))
+            scenes = drawn[skill.against]
+
+            def ask(seen: int, skill: Skill = skill, scenes: list[Scene] = scenes) -> tuple[int, Item] | None:
+                index = seed * SCENES_PER_SEED + seen
+                if seen == len(scenes):
+                    scenes.append(sample_scene(world, index, against=skill.against))
+                found = skill.ask(scenes[seen], index, random_stream("skills", skill.name, world, index))
+                return found and (found[0], _item(skill, split, index, scenes[seen], found[1]))
+
+            items += by_turns(wanted, skill.turns, ask)
         return items
 
     def item_score(self, item: Item, text: str) -> dict[str, Any]:
@@ -137,14 +133,14 @@ class Skills(Benchmark):
         """
         if not rows:
             raise InputError("there are no answers to score")
-        scores = {"all": _share(rows)}
+        scores = {"all": share_of_hits(rows)}
         for skill in SKILLS:
             own = [row for row in rows if row["task"] == skill]
             if own and skill == "caption":
                 chair = _CAPTIONS.scores(own)
                 scores |= {f"caption_{name}": chair[name] for name in ("chair_i", "chair_s", "recall")}
             elif own:
-                scores[skill] = _share(own)
+                scores[skill] = share_of_hits(own)
         return scores
 
     def paired_others(self, rows_a: Sequence[Row], rows_b: Sequence[Row]) -> dict[str, float]:
@@ -167,7 +163,22 @@ class Skills(Benchmark):
         return float(row["hit"])
 
 
-def _share(rows: Sequence[Row]) -> Score:
+def by_turns(wanted: int, turns: int, ask: Callable[[int], tuple[int, Item] | None]) -> Iterator[Item]:
+    """So many items, of each of several kinds in turn. `ask` makes of the first thing that is seen, of the second, ...
+    an item for one turn, or none; where nothing waits for a turn, more is seen."""
+    waiting: list[list[Item]] = [[] for _ in range(turns)]
+    seen = itertools.count()
+    for number in range(wanted):
+        own = waiting[number % turns]
+        while not own:
+            found = ask(next(seen))
+            if found is not None:
+                waiting[found[0]].append(found[1])
+        yield own.pop(0)
+
+
+def share_of_hits(rows: Sequence[Row]) -> Score:
+    """The share of right answers, with its Wilson interval."""
     hits, n = sum(bool(row["hit"]) for row in rows), len(rows)
     return Score(hits / n, *wilson(hits, n), n)
 
@@ -226,24 +237,25 @@ def popular_kinds() -> tuple[str, ...]:
     return tuple(sorted(KINDS, key=lambda kind: -share(kind)))
 
 
-def _one(options: Sequence[Any], rng: np.random.Generator) -> Any:
+def one_of(options: Sequence[Any], rng: np.random.Generator) -> Any:
+    """Any of them."""
     return options[int(rng.integers(len(options)))]
 
 
 def _existence(absent: Callable[[Scene, np.random.Generator], str]) -> Ask:
     def ask(scene: Scene, number: int, rng: np.random.Generator) -> tuple[int, Question]:
         turn = number % 2
-        return turn, existence(scene, absent(scene, rng) if turn else _one(scene.kinds, rng))
+        return turn, existence(scene, absent(scene, rng) if turn else one_of(scene.kinds, rng))
 
     return ask
 
 
 def _any_absent(scene: Scene, rng: np.random.Generator) -> str:
-    return str(_one([kind for kind in KINDS if kind not in scene.kinds], rng))
+    return str(one_of([kind for kind in KINDS if kind not in scene.kinds], rng))
 
 
 def _popular_absent(scene: Scene, rng: np.random.Generator) -> str:
-    return str(_one([kind for kind in popular_kinds() if kind not in scene.kinds][:POPULAR], rng))
+    return str(one_of([kind for kind in popular_kinds() if kind not in scene.kinds][:POPULAR], rng))
 
 
 def likely_absent(scene: Scene, rng: np.random.Generator) -> str:
@@ -254,7 +266,7 @@ def likely_absent(scene: Scene, rng: np.random.Generator) -> str:
 
 def _colour(scene: Scene, number: int, rng: np.random.Generator) -> tuple[int, Question] | None:
     kinds = singles(scene)
-    return (0, colour(scene, _one(kinds, rng))) if kinds else None
+    return (0, colour(scene, one_of(kinds, rng))) if kinds else None
 
 
 def _count(scene: Scene, number: int, rng: np.random.Generator) -> tuple[int, Question]:
@@ -267,7 +279,7 @@ def _relation(scene: Scene, number: int, rng: np.random.Generator) -> tuple[int,
     turn = number % 2
     ask, axis = ((left_right, "x"), (above_below, "y"))[turn]
     pairs = relation_pairs(scene, axis)
-    return (turn, ask(scene, *_one(pairs, rng))) if pairs else None
+    return (turn, ask(scene, *one_of(pairs, rng))) if pairs else None
 
 
 def _place(scene: Scene, number: int, rng: np.random.Generator) -> tuple[int, Question]:
