@@ -348,6 +348,20 @@ def validation_step(step: int, batch: int, seed: int) -> tuple[list[Scene], list
     return scenes, [training_questions(scene, rng) for scene in scenes]
 
 
+def whole_answers(hits: Tensor, rows: Tensor, branches: Tensor) -> dict[tuple[int, int], bool]:
+    """Row and number of a question -> whether its answer is right in every token.
+
+    Args:
+        hits: bool [L], of each label whether the likeliest token is it.
+        rows: int [L], where it is.
+        branches: int [L], the number of its question in the row, from 1.
+    """
+    whole: dict[tuple[int, int], bool] = {}
+    for hit, row, number in zip(*(one.tolist() for one in (hits, rows, branches)), strict=True):
+        whole[row, number] = whole.get((row, number), True) and hit
+    return whole
+
+
 @torch.no_grad()
 def validate(
     model: LlavaForConditionalGeneration, recipe: Recipe, packer: Packer, batches: int = 8
@@ -363,11 +377,8 @@ def validate(
         wanted = batch["labels"] != IGNORED
         hit = logits.argmax(-1) == batch["labels"][wanted]
         row, column = wanted.nonzero(as_tuple=True)
-        branch = batch["branch"][row, column]
-        for r in range(len(asked)):
-            for number in branch[row == r].unique().tolist():
-                mine = (row == r) & (branch == number)
-                right.setdefault(asked[r][number - 1].task, []).append(bool(hit[mine].all()))
+        for (r, number), is_right in whole_answers(hit, row, batch["branch"][row, column]).items():
+            right.setdefault(asked[r][number - 1].task, []).append(is_right)
     return {"loss": float(np.mean(losses))} | {task: float(np.mean(hits)) for task, hits in sorted(right.items())}
 
 

@@ -48,6 +48,7 @@ from sightline.training.nano import (
     pixels,
     schedule,
     validation_step,
+    whole_answers,
 )
 from sightline.training.run import State, append_log, checkpoint_folder, claim, progress_bar
 
@@ -405,10 +406,7 @@ def validate(
         result = answered(model, method, moved(rows.tensors, model.device))
         losses.append(result.loss.item())
         tokens.append(result.visual_tokens / len(rows.questions))
-        whole: dict[tuple[int, int], bool] = {}
-        for hit, r, number in zip(*(some.tolist() for some in (result.hits, result.row, result.branch)), strict=True):
-            whole[r, number] = whole.get((r, number), True) and hit
-        for (r, number), is_right in whole.items():
+        for (r, number), is_right in whole_answers(result.hits, result.row, result.branch).items():
             right.setdefault(rows.questions[r][number - 1].task, []).append(is_right)
     accuracies = {task: round(float(np.mean(hits)), 4) for task, hits in sorted(right.items())}
     return {"loss": round(float(np.mean(losses)), 4), "visual_tokens": round(float(np.mean(tokens)), 2)} | accuracies

@@ -46,6 +46,7 @@ from sightline.training.nano import (
     pixels,
     schedule,
     validation_step,
+    whole_answers,
 )
 from sightline.training.run import claim, progress_bar
 
@@ -343,11 +344,8 @@ def validate(
         wanted = batch["labels"] != IGNORED
         labels = batch["labels"][wanted]
         losses.append(F.cross_entropy(logits, labels).item())
-        row, column = (index.cpu() for index in wanted.nonzero(as_tuple=True))
-        hits, branches = (logits.argmax(-1) == labels).cpu(), batch["branch"].cpu()[row, column]
-        answers: dict[tuple[int, int], bool] = {}
-        for r, number, hit in zip(row.tolist(), branches.tolist(), hits.tolist(), strict=True):
-            answers[r, number] = answers.get((r, number), True) and hit
+        row, column = wanted.nonzero(as_tuple=True)
+        answers = whole_answers(logits.argmax(-1) == labels, row, batch["branch"][row, column])
         for (r, number), hit in answers.items():
             question = questions[r][number - 1]
             right.setdefault(question.task, []).append(hit)
