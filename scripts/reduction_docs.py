@@ -146,7 +146,7 @@ def trained_rows(folder: Path) -> Iterator[str]:
     yield TRAINED_HEAD.format(stock=percent(stock))
     for line in lines:
         recipe = line["recipe"]
-        how = f"{recipe['steps']} steps of {recipe['batch']}"
+        how = f"{recipe['steps']} steps of {recipe['batch']}, decoder at {recipe['learning_rate']:g}"
         name = "off" if line["method"] == "none" else f"`{line['method']}`"
         cells = [name, f"`{recipe['method']}`, {how}", f"{mean_tokens(line):.0f}", percent(line["scores"]["all"])]
         cells += [f"{percent(line['scores']['all'] / stock)} %", beyond_random(line)]
