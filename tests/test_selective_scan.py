@@ -263,7 +263,7 @@ def test_shapes_without_computing() -> None:
 
 
 def test_without_numba_auto_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_numba", lambda: False)
+    monkeypatch.setattr(module, "has_numba", lambda: False)
     values = drawn()
     y, _ = selective_scan(**values)
     assert torch.equal(y, selective_scan(**values, backend="torch")[0])

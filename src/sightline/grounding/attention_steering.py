@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
+from sightline.grounding.one_token_loops import in_loops, loops
 from sightline.methods import Method, in_range
 from sightline.models.call import NO_PICTURE, Stream
 
@@ -157,6 +159,9 @@ class LogitBoost(Method):
                     queries -= 1
                     if queries == 0:
                         return attending.stock()
+            if queries == 1 and not boost.heads and _one_token(attending):
+                keys = attending.key.shape[2]
+                return _boosted(attending, boost.factors(call.key_columns(keys, 1), attending.query)), None
             logits = attending.unmasked(queries)
             factors = boost.factors(call.key_columns(logits.shape[-1], attending.query.shape[2]), logits)
             size = logits.abs()
@@ -175,6 +180,31 @@ class LogitBoost(Method):
         return weights.to(logits.dtype)[..., None, None]
 
 
+def _one_token(attending: Attending) -> bool:
+    """Whether compiled loops may compute it: one query of one row, that sees all keys, and few enough of these for one
+    thread."""
+    query, key = attending.query, attending.key
+    return (
+        len(query) == query.shape[2] == 1
+        and attending.mask is None
+        and not attending.shows_weights
+        and attending.options.get("softcap") is None
+        and key.numel() <= LARGEST_CACHE
+        and in_loops(query)
+        and key.is_contiguous()
+        and attending.value.is_contiguous()
+    )
+
+
+def _boosted(attending: Attending, factors: Tensor) -> Tensor:
+    """Head outputs [1, 1, H, d] of one query with logits z + f |z|; factors f [1, 1, 1, k]."""
+    query, key, value = attending.query[0, :, 0], attending.key[0], attending.value[0]
+    output = query.new_empty(1, 1, *query.shape[:1], value.shape[-1])
+    arrays = (query.numpy(), key.numpy(), value.numpy(), factors[0, 0, 0].numpy())
+    loops().boosted(*arrays, np.float32(attending.scaling), output[0, 0].numpy())
+    return output
+
+
 class _Boost:
     """The factors of one prompt, laid out for the keys of the step that is computed: layers of a step share them."""
 
@@ -185,17 +215,21 @@ class _Boost:
         self._shown: tuple[int, int, int] | None = None
         self._now = columns
 
-    def factors(self, columns: slice, logits: Tensor) -> Tensor:
-        """[R, 1, 1, k] for the keys at `columns`: 0 for generated keys and in the rows of branches."""
-        wanted = (len(logits), columns.start, columns.stop)
+    def factors(self, columns: slice, like: Tensor) -> Tensor:
+        """[R, 1, 1, k] for the keys at `columns`, in the dtype and for the rows of `like` [R, ...]: 0 for generated
+        keys and in the rows of branches."""
+        wanted = (len(like), columns.start, columns.stop)
         if wanted != self._shown:
             rows, length = len(self._all), self._all.shape[-1]
-            if rows < len(logits) or length < columns.stop or self._all.dtype != logits.dtype:
-                self._all = F.pad(self._all, (0, max(0, columns.stop + ROOM - length))).to(logits.dtype)
-                self._all = _more_rows(self._all, max(rows, len(logits)))
-            self._now, self._shown = self._all[: len(logits), ..., columns], wanted
+            if rows < len(like) or length < columns.stop or self._all.dtype != like.dtype:
+                self._all = F.pad(self._all, (0, max(0, columns.stop + ROOM - length))).to(like.dtype)
+                self._all = _more_rows(self._all, max(rows, len(like)))
+            self._now, self._shown = self._all[: len(like), ..., columns], wanted
         return self._now
 
+
+LARGEST_CACHE = 1 << 17
+"""Numbers in the keys of a layer beyond which several threads are faster than one loop."""
 
 ROOM = 64
 """Generated keys for which there is room before the factors are laid out anew."""

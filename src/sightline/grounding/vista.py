@@ -25,12 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.hidden_steering import HiddenSteering
+from sightline.grounding.one_token_loops import in_loops, loops
 from sightline.methods import in_range, register
 
 if TYPE_CHECKING:
@@ -116,9 +118,9 @@ class Vista(HiddenSteering):
         return F.normalize(difference, dim=-1) if self.scale == "unit" else difference
 
     def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
+        if hidden.numel() == hidden.shape[-1] and in_loops(hidden):
+            return self._steer_one(hidden, direction)
         wide = hidden.float()
-        if wide.numel() == wide.shape[-1] and wide.device.type == "cpu":
-            return self._steer_one(wide, direction).to(hidden.dtype)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if self.scale == "unit":
             # ||m|| times the tilted vector, ||m|| kappa being max(||m||, ||m|| - m.v): fewer steps a layer and token.
@@ -130,12 +132,11 @@ class Vista(HiddenSteering):
         return (tilted * shrink).to(hidden.dtype)
 
     def _steer_one(self, hidden: Tensor, direction: Tensor) -> Tensor:
-        """`steer` for a single vector [1, 1, D]: a number in Python costs less than a tensor of one element."""
-        m, v = hidden.flatten(), direction.flatten()
-        length = torch.linalg.vector_norm(m).item()
-        amount = self.strength * (max(length, length - m.dot(v).item()) if self.scale == "unit" else 1.0)
-        tilted = torch.add(m, v, alpha=amount)
-        return tilted.mul_(length / max(torch.linalg.vector_norm(tilted).item(), 1e-12)).view_as(hidden)
+        """`steer` for a single vector [1, 1, D]."""
+        output = torch.empty_like(hidden)
+        m, v, tilted = (one.view(-1).numpy() for one in (hidden, direction, output))
+        loops().tilted(m, v, np.float32(self.strength), self.scale == "unit", tilted)
+        return output
 
     def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
         def read(call: Call, hidden: Tensor) -> None:

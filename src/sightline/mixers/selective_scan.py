@@ -19,7 +19,6 @@ compiled loop keeps each 32nd, and computes the others again.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
+from sightline.machine_code import has_numba
 from sightline.mixers.linear_recurrence import linear_recurrence
 from sightline.mixers.selective_scan_kernels import kernels
 
@@ -180,24 +180,15 @@ def _chunked(times: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, state: T
     return (states * C).sum(-1).flatten(2).movedim(0, -1), states[-1].flatten(1, 2)
 
 
-@functools.cache
-def _has_numba() -> bool:
-    try:
-        kernels()
-    except ImportError:
-        return False
-    return True
-
-
 def _use_kernels(backend: Backend, u: Tensor) -> bool:
     """Whether the compiled scan is to be taken."""
     if backend in ("torch", "chunked"):
         return False
     if backend == "auto":
-        return u.device.type == "cpu" and _has_numba()
+        return u.device.type == "cpu" and has_numba()
     if u.device.type != "cpu":
         raise InputError(f"the backend numba of selective_scan is for tensors on the CPU, not on {u.device}")
-    if not _has_numba():
+    if not has_numba():
         raise InputError("the backend numba of selective_scan needs numba: pip install 'sightline[cpu]'")
     return True
 

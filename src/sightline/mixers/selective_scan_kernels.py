@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sightline.machine_code import compiled
+
 LOG2_E = np.float32(1.4426950408889634)
 # 2^f = 1 + f (P1 + f (P2 + ...)) on [-1/2, 1/2]: least largest relative error, 2e-9, under the value 1 at 0.
 P1, P2, P3 = np.float32(0.6931472028550301), np.float32(0.2402264791359347), np.float32(0.05550332471154005)
@@ -179,7 +181,7 @@ def _scan_gradient(
 
 
 class Kernels(NamedTuple):
-    """The compiled loops; the machine code is kept in a folder from run to run where there is one to write to."""
+    """The compiled loops."""
 
     scan: Callable[..., None]
     gradient: Callable[..., None]
@@ -192,17 +194,8 @@ def kernels() -> Kernels:
     Raises:
         ImportError: numba is not installed.
     """
-    from numba import njit
     from numba.extending import overload
 
     # Only fused multiply-adds are let through: with sums reordered, (x + ROUNDER) - ROUNDER would be x.
     overload(_exp, jit_options=dict(fastmath={"contract"}))(_exp_of)
-
-    def compiled(function: Callable[..., None], fastmath: set[str]) -> Callable[..., None]:
-        options: dict[str, Any] = dict(nogil=True, fastmath=fastmath, error_model="numpy")
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written to
-            return njit(**options)(function)
-
     return Kernels(compiled(_scan, {"contract"}), compiled(_scan_gradient, {"contract", "reassoc"}))

@@ -8,6 +8,7 @@ Shapes: R rows, H query heads, G key/value heads, q queries, k keys, d head widt
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -67,10 +68,12 @@ class Attending:
             query = query[:, :, -queries:]
         rows, heads, length, width = query.shape
         groups, keys = self.key.shape[1:3]
-        # On three dimensions, as the products of four cost twice as much where they are small.
-        grouped = (query * self.scaling).reshape(rows * groups, heads // groups * length, width)
+        # On three dimensions, as the products of four cost twice as much where they are small, and scaled on the way.
+        grouped = query.reshape(rows * groups, heads // groups * length, width)
         key = self.key.reshape(rows * groups, keys, width)
-        logits = torch.bmm(grouped, key.mT).view(rows, heads, length, keys)
+        unused = _nothing(grouped.dtype, grouped.device)
+        product = torch.baddbmm(unused, grouped, key.mT, beta=0, alpha=self.scaling)
+        logits = product.view(rows, heads, length, keys)
         softcap = self.options.get("softcap")
         return logits if softcap is None else (logits / softcap).tanh() * softcap
 
@@ -110,6 +113,12 @@ class Attending:
         if all_weights is not None:
             all_weights = torch.cat([all_weights[:, :, :-length], weights.to(all_weights.dtype)], dim=2)
         return output, all_weights
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a product that adds to something is given when there is nothing to add to."""
+    return torch.zeros(1, 1, 1, dtype=dtype, device=device)
 
 
 class AttentionSwitch:

@@ -1,0 +1,96 @@
+"""What steering does to one token in one layer, as loops for the CPU in machine code.
+
+On a small model a step of one token takes milliseconds, and a handful of tensor operations in every layer shows in it:
+calling them takes longer than what they compute. One call of a compiled loop does the same. All arrays are float32 and
+contiguous; H query heads, G key/value heads, k keys, d the width of a head, D that of the decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sightline.machine_code import compiled, has_numba
+
+
+def in_loops(x: Tensor) -> bool:
+    """Whether the loops are for tensors like this one."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and has_numba()
+    )
+
+
+def _boosted(query: Any, key: Any, value: Any, factors: Any, scaling: Any, output: Any) -> None:
+    """Attention of one query [H, d] with logits z + f |z|: key, value [G, k, d], f [k] -> output [H, d]."""
+    heads, width = query.shape
+    groups, keys = key.shape[0], key.shape[1]
+    weights = np.empty(keys, np.float32)
+    for h in range(heads):
+        group = h // (heads // groups)
+        highest = np.float32(-np.inf)
+        for j in range(keys):
+            z = np.float32(0)
+            for i in range(width):
+                z += query[h, i] * key[group, j, i]
+            z *= scaling
+            z += factors[j] * abs(z)
+            weights[j] = z
+            highest = max(highest, z)
+        total = np.float32(0)
+        for j in range(keys):
+            weights[j] = math.exp(weights[j] - highest)
+            total += weights[j]
+        for i in range(width):
+            output[h, i] = 0
+        for j in range(keys):
+            weight = weights[j] / total
+            for i in range(width):
+                output[h, i] += weight * value[group, j, i]
+
+
+def _tilted(m: Any, v: Any, strength: Any, unit: bool, output: Any) -> None:
+    """m + a v at the length of m, vectors [D]: a is `strength`, and with `unit`, where v has length 1 or 0, `strength`
+    max(||m||, ||m|| - m.v)."""
+    square, along = np.float32(0), np.float32(0)
+    for i in range(len(m)):
+        square += m[i] * m[i]
+        along += m[i] * v[i]
+    length = math.sqrt(square)
+    amount = strength
+    if unit:
+        amount *= max(length, length - along)
+    after = np.float32(0)
+    for i in range(len(m)):
+        output[i] = m[i] + amount * v[i]
+        after += output[i] * output[i]
+    shrink = length / math.sqrt(after) if after > 1e-24 else length * 1e12
+    for i in range(len(m)):
+        output[i] *= shrink
+
+
+class Loops(NamedTuple):
+    """The compiled loops."""
+
+    boosted: Callable[..., None]
+    tilted: Callable[..., None]
+
+
+@functools.cache
+def loops() -> Loops:
+    """The compiled loops.
+
+    Raises:
+        ImportError: numba is not installed.
+    """
+    # Sums may be reordered, or they could not be vectors; infinities and NaN keep their meaning.
+    liberties = {"contract", "reassoc", "nsz"}
+    return Loops(compiled(_boosted, liberties), compiled(_tilted, liberties))
