@@ -22,13 +22,19 @@ from sightline.methods import Method
 STEERING = [PAI(gamma=1.0), PAI(alpha=2.0, gamma=1.0, layers=(1,)), Vista(gamma=0.0), Vista(gamma=0.0, scale="raw")]
 
 
+def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float, output: Tensor) -> None:
+    """The loop, on query [H, d], key and value [G, k, d], factors [k] and output [H, d]."""
+    arrays = (query[None, :, None], key[None], value[None], factors[None, None, None])
+    loops().boosted(*(x.numpy() for x in arrays), scaling, output[None, None].numpy())
+
+
 @pytest.mark.parametrize(("heads", "groups", "keys", "width"), [(4, 4, 145, 48), (6, 2, 7, 5), (3, 1, 1, 1)])
 def test_boosted_attention_is_that_of_the_formula(heads: int, groups: int, keys: int, width: int) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(heads, width), torch.randn(groups, keys, width), torch.randn(groups, keys, width)
     factors, output = torch.rand(keys) * 2, torch.empty(heads, width)
-    scaling = torch.tensor(width**-0.5)
-    loops().boosted(*(x.numpy() for x in (query, key, value, factors)), scaling.numpy()[()], output.numpy())
+    scaling = width**-0.5
+    boosted(query, key, value, factors, scaling, output)
     for head in range(heads):
         of_head = (x[head // (heads // groups)].double() for x in (key, value))
         keys_of, values_of = of_head
@@ -40,8 +46,7 @@ def test_boosted_attention_is_that_of_the_formula(heads: int, groups: int, keys:
 def test_large_logits_stay_finite() -> None:
     query, key = torch.full((1, 2), 1e4), torch.tensor([[[1e4, 1e4], [-1e4, -1e4], [1e4, 1e4 - 1e3]]])
     value, output = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]), torch.empty(1, 2)
-    one = torch.ones(1).numpy()[0]
-    loops().boosted(*(x.numpy() for x in (query, key, value, torch.zeros(3))), one, output.numpy())
+    boosted(query, key, value, torch.zeros(3), 1.0, output)
     assert output.tolist() == [[1.0, 2.0]]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -198,10 +197,10 @@ def _one_token(attending: Attending) -> bool:
 
 def _boosted(attending: Attending, factors: Tensor) -> Tensor:
     """Head outputs [1, 1, H, d] of one query with logits z + f |z|; factors f [1, 1, 1, k]."""
-    query, key, value = attending.query[0, :, 0], attending.key[0], attending.value[0]
-    output = query.new_empty(1, 1, *query.shape[:1], value.shape[-1])
-    arrays = (query.numpy(), key.numpy(), value.numpy(), factors[0, 0, 0].numpy())
-    loops().boosted(*arrays, np.float32(attending.scaling), output[0, 0].numpy())
+    query, key, value = attending.query, attending.key, attending.value
+    output = query.new_empty(1, 1, query.shape[1], value.shape[3])
+    arrays = (query.numpy(), key.numpy(), value.numpy(), factors.numpy())
+    loops().boosted(*arrays, attending.scaling, output.numpy())
     return output
 
 

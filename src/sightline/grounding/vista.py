@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,10 +132,9 @@ class Vista(HiddenSteering):
 
     def _steer_one(self, hidden: Tensor, direction: Tensor) -> Tensor:
         """`steer` for a single vector [1, 1, D]."""
-        output = torch.empty_like(hidden)
-        m, v, tilted = (one.view(-1).numpy() for one in (hidden, direction, output))
-        loops().tilted(m, v, np.float32(self.strength), self.scale == "unit", tilted)
-        return output
+        tilted = torch.empty_like(hidden)
+        loops().tilted(hidden.numpy(), direction.numpy(), self.strength, self.scale == "unit", tilted.numpy())
+        return tilted
 
     def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
         def read(call: Call, hidden: Tensor) -> None:
