@@ -306,11 +306,26 @@ def test_the_start_of_training() -> None:
         assert float(part.weight.detach().std()) == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.parametrize(("width", "size", "heads"), [(24, 4, 4), (32, 4, 4), (512, 4, 2), (20, 2, 5), (9, 3, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_maps_by_head_are_the_maps(width: int, size: int, heads: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    maps = BlockLinear(width, size, bias=bias)
+    for parameter in maps.parameters():
+        torch.nn.init.normal_(parameter)
+    x, after = torch.randn(2, 7, width), torch.randn(3, width)
+    expected = torch.nn.functional.linear(x, torch.block_diag(*maps.weight), maps.bias)
+    torch.testing.assert_close(maps.by_head(x, heads), expected.unflatten(-1, (heads, -1)).transpose(1, 2))
+    weight, offset = maps.before(after)
+    torch.testing.assert_close(x @ weight.T + offset, expected @ after.T, rtol=1e-4, atol=1e-4)
+
+
 def test_the_work_of_the_layer() -> None:
     made = MLSTM(8)  # 16 inner channels, 4 heads of 4
     x = torch.empty(2, 196, 8)
-    # Three maps of 4 x 4 blocks; scores and sums over chunks of 49; a state of 4 x 4 a head that is written and read.
-    assert made.mixing_macs(x) == 2 * 196 * (3 * 16 * 4 + 2 * 49 * 16 + 2 * 4 * 16)
+    # Three maps of 4 x 4 blocks; two gates a head, read off both inputs of the maps; scores and sums over chunks of 49;
+    # a state of 4 x 4 a head that is written and read.
+    assert made.mixing_macs(x) == 2 * 196 * (3 * 16 * 4 + 2 * 2 * 4 * 16 + 2 * 49 * 16 + 2 * 4 * 16)
 
 
 def test_what_a_layer_cannot_be() -> None:

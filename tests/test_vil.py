@@ -51,7 +51,7 @@ def test_the_names() -> None:
 
 def test_multiply_adds_by_hand() -> None:
     # The first version's small size at 32 x 32: 64 tokens of 48, inner width 96 in 4 heads of 24, chunks of 32.
-    layer = 48 * 192 + 96 * 4 + 3 * 96 * 4 + 2 * 288 * 4 + 2 * 32 * 96 + 2 * 24 * 96 + 96 * 48
+    layer = 48 * 192 + 96 * 4 + 3 * 96 * 4 + 2 * 2 * 96 * 4 + 2 * 32 * 96 + 2 * 24 * 96 + 96 * 48
     assert count_macs("vil_nano") == 64 * (3 * 16 * 48 + 4 * layer) + 48 * 1000
     # The second: a kernel of 3 x 3 instead of 4, and a head on both ends.
     assert count_macs("vil2_nano") == 64 * (3 * 16 * 48 + 4 * (layer + 5 * 96)) + 96 * 1000

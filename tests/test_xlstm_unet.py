@@ -124,7 +124,7 @@ def test_multiply_adds_of_the_bottleneck() -> None:
         counts.append(counter.macs)
     # 16 tokens of 48 in one chunk: projections, convolution, blocks of 4, gates, pairs, state, projection.
     assert counts[0] - counts[1] == 16 * (
-        48 * 192 + 96 * 4 + 3 * 96 * 4 + 2 * 288 * 4 + 2 * 16 * 96 + 2 * 24 * 96 + 96 * 48
+        48 * 192 + 96 * 4 + 3 * 96 * 4 + 2 * 2 * 96 * 4 + 2 * 16 * 96 + 2 * 24 * 96 + 96 * 48
     )
 
 

@@ -37,6 +37,9 @@ CHUNK = 48
 _STRETCH = 16
 """Chunks that are worked on at once, so few that what they need stays in a processor's cache."""
 
+WIDEST_GROUP = 128
+"""Channels of a group of blocks up to which one product costs less than putting several side by side."""
+
 _GROWTH = 40.0
 """How far M may rise within a chunk for exp(u_s - M_t) to be split in a factor of s and one of t in float32."""
 
@@ -250,6 +253,8 @@ class OffsetNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
+        if self.heads == 1:
+            return F.layer_norm(x, x.shape[-1:], 1 + self.weight, self.bias, self.eps)
         parts = x.unflatten(-1, (self.heads, -1))
         normal = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * (1 + self.weight)
         return normal if self.bias is None else normal + self.bias
@@ -265,14 +270,32 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        blocks = len(self.weight)
-        # Several blocks make one larger matrix with zeros: products of 4 x 4 matrices are slow everywhere.
-        joined = math.gcd(blocks, 8)
-        apart = torch.eye(joined, dtype=self.weight.dtype, device=self.weight.device)[:, None, :, None]
-        matrix = (self.weight.unflatten(0, (-1, joined)).unsqueeze(3) * apart).flatten(3, 4).flatten(1, 2)
-        mixed = x.flatten(0, -2).unflatten(-1, (blocks // joined, -1)).transpose(0, 1) @ matrix.mT
+        mixed = self._groups(x.flatten(0, -2), math.gcd(len(self.weight), 8))
         mixed = mixed.transpose(0, 1).reshape(x.shape)
         return mixed if self.bias is None else mixed + self.bias
+
+    def by_head(self, x: Tensor, heads: int) -> Tensor:
+        """[B, L, width] -> [B, heads, L, d]."""
+        blocks, size = self.weight.shape[:2]
+        if blocks % heads:  # a block lies in two heads
+            return self(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+        each = blocks // heads
+        joined = max(part for part in range(1, each + 1) if each % part == 0 and part * size <= max(size, WIDEST_GROUP))
+        mixed = self._groups(x.flatten(0, 1), joined).unflatten(0, (heads, -1)).unflatten(2, x.shape[:2])
+        mixed = mixed.permute(2, 0, 3, 1, 4).flatten(3)
+        return mixed if self.bias is None else mixed + self.bias.view(heads, 1, -1)
+
+    def before(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The linear map [n, width] after this one, as one map of what goes in: its weight, and its bias if any."""
+        through = torch.einsum("nbo,boi->nbi", weight.unflatten(1, (len(self.weight), -1)), self.weight).flatten(1)
+        return through, 0.0 if self.bias is None else weight @ self.bias
+
+    def _groups(self, x: Tensor, joined: int) -> Tensor:
+        """[N, width] -> [groups, N, channels of a group], without the bias. So many blocks make one larger matrix with
+        zeros: products of 4 x 4 matrices are slow everywhere."""
+        apart = torch.eye(joined, dtype=self.weight.dtype, device=self.weight.device)[:, None, :, None]
+        matrix = (self.weight.unflatten(0, (-1, joined)).unsqueeze(3) * apart).flatten(3, 4).flatten(1, 2)
+        return x.unflatten(-1, (len(matrix), -1)).transpose(0, 1) @ matrix.mT
 
 
 class _TokenConv(nn.Conv1d):
@@ -384,10 +407,18 @@ class MLSTM(CausalMixer):
 
     def heads(self, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values [B, H, L, d] and both gates [B, H, L]."""
-        parts = (self.q_proj(c), self.k_proj(c), self.v_proj(u))
-        joined = torch.cat(parts, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return query, key, value, self.igate(joined).mT, self.fgate(joined).mT
+        heads = self.num_heads
+        query, key, value = self.q_proj.by_head(c, heads), self.k_proj.by_head(c, heads), self.v_proj.by_head(u, heads)
+        input_gate, forget_gate = self._gates(u, c).mT.chunk(2, dim=1)
+        return query, key, value, input_gate, forget_gate
+
+    def _gates(self, u: Tensor, c: Tensor) -> Tensor:
+        """Both gates [B, L, 2 H], linear in [q, k, v], which are linear in c and u: their [B, L, 3 E] is not made."""
+        weight = torch.cat([self.igate.weight, self.fgate.weight])
+        parts = zip((self.q_proj, self.k_proj, self.v_proj), weight.chunk(3, dim=1), strict=True)
+        (of_q, bias_q), (of_k, bias_k), (of_v, bias_v) = (proj.before(part) for proj, part in parts)
+        bias = torch.cat([self.igate.bias, self.fgate.bias]) + bias_q + bias_k + bias_v
+        return F.linear(c, of_q + of_k, bias) + F.linear(u, of_v)
 
     def finish(self, mixed: Tensor, c: Tensor, z: Tensor) -> Tensor:
         """Norm, skip, gate and projection of what the heads gave, [..., E] -> [..., D]."""
@@ -413,4 +444,5 @@ class MLSTM(CausalMixer):
     def mixing_macs(self, x: Tensor, grid: tuple[int, ...] = ()) -> int:
         batch, length, _ = x.shape
         head, chunk = self.inner // self.num_heads, _fitting(length)
-        return batch * length * self.inner * (3 * self.q_proj.weight.shape[-1] + 2 * chunk + 2 * head)
+        a_channel = 3 * self.q_proj.weight.shape[-1] + 4 * self.num_heads + 2 * chunk + 2 * head
+        return batch * length * self.inner * a_channel
