@@ -1,0 +1,124 @@
+"""Measures what fewer visual tokens of a film cost in quality: checkpoints that `sightline train reduce` made, on the
+same films and questions.
+
+    python scripts/measure_films.py --ask runs/all storm:temporal_pool=1 128 --ask runs/storm storm:temporal_pool=8 128
+
+Each `--ask` is the folder of a training run, the method in its short form, and how many frames show a film; the first
+one is the reference that the others are compared with, by the benchmark's paired tests. Answers are appended under
+`--out` as they come, so that a killed measurement goes on where it was, and entries can be asked by several processes.
+A line of `docs/results/films.jsonl` is one entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from sightline.benchmarks.flops import DecoderShape, costs_of, stock_cost
+from sightline.benchmarks.item import Answer, get_benchmark
+from sightline.files import read_json
+from sightline.methods import attach, parse_methods
+from sightline.models.answering import prepare, reply
+from sightline.models.loading import load
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+TEMPORAL = ("order", "motion", "count", "flash")
+
+
+def answers(folder: Path, method: str, frames: int, items: int, out: Path) -> list[dict[str, Any]]:
+    """The rows of one entry, those that are missing asked for and written to `out`."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {row["id"] for row in rows}
+    benchmark = get_benchmark("films", frames=frames)
+    # Question by question of all tasks in turn, so that an unfinished measurement is one of fewer films.
+    asked = sorted(benchmark.items("test", items), key=lambda item: int(item.meta["film"]))
+    missing = [item for item in asked if item.id not in done]
+    if not missing:
+        return rows
+    loaded: Any
+    loaded, processor = load(str(folder / "checkpoint"), dtype="float32")
+    with out.open("a") as log, attach(loaded, *parse_methods(method), processor=processor) as attached:
+        shape = DecoderShape.of(loaded.config.text_config)
+        for item in track(missing, description=f"{folder.name} {method}"):
+            started = time.perf_counter()
+            inputs = prepare(loaded, processor, [item.picture()], [item.question])
+            (answer,) = reply(loaded, processor, inputs, item.max_new_tokens)
+            seconds = time.perf_counter() - started
+            given = int((inputs["input_ids"] == loaded.config.image_token_id).sum())
+            cost = stock = stock_cost(shape, inputs["input_ids"].shape[1], given, loaded.dtype.itemsize)
+            if attached.call is not None:
+                (cost,) = costs_of(attached.call, shape, loaded.dtype.itemsize)
+            told = {"seconds": round(seconds, 2), "visual_tokens": cost.visual_tokens, "flops": cost.flops}
+            told["all_tokens_flops"] = stock.flops
+            row = benchmark.row(Answer(item, answer.text, answer.n_tokens, told))
+            rows.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+    return rows
+
+
+def line(
+    folder: Path, method: str, frames: int, rows: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is kept of an entry."""
+    benchmark = get_benchmark("films", frames=frames)
+    temporal = [row for row in rows if row["task"] in TEMPORAL]
+    reference = [row for row in reference if row["task"] in TEMPORAL]
+    groups = {"temporal": temporal} | {task: [row for row in rows if row["task"] == task] for task in TEMPORAL}
+    scores = {name: benchmark.scores(some)["all"] for name, some in groups.items() if some}
+    ids = {row["id"] for row in reference}
+    of_both = [row for row in temporal if row["id"] in ids]
+    of_reference = [row for row in reference if row["id"] in {row["id"] for row in of_both}]
+    recipe: dict[str, Any] = read_json(folder / "recipe.json")
+    started_from = Path(recipe["model"]).parent.name or recipe["model"]
+    return {
+        "checkpoint": folder.name,
+        "started_from": started_from,
+        "recipe": recipe | {"model": started_from, "method": recipe["method"].partition(",weights")[0]},
+        "method": method,
+        "frames": frames,
+        "n": len(temporal),
+        "scores": {name: [score.value, score.low, score.high] for name, score in scores.items()},
+        "appearance": benchmark.scores([row for row in rows if row["task"] == "appearance"])["all"].value,
+        "visual_tokens": mean(rows, "visual_tokens"),
+        "flops": mean(rows, "flops"),
+        "all_tokens_flops": mean(rows, "all_tokens_flops"),
+        "seconds": mean(rows, "seconds"),
+        "p_value": benchmark.paired(of_reference, of_both),
+        "p_values": benchmark.paired_others(of_reference, of_both),
+    }
+
+
+def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ask", nargs=3, action="append", required=True, metavar=("FOLDER", "METHOD", "FRAMES"))
+    parser.add_argument("--items", type=int, default=60, help="questions of each task")
+    parser.add_argument("--out", type=Path, default=Path("runs/films"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    reference: list[dict[str, Any]] = []
+    for name, method, frames in given.ask:
+        folder = Path(name)
+        file = given.out / f"{folder.name}-{method.replace(':', '-').replace('/', '_')}-{frames}.jsonl"
+        rows = answers(folder, method, int(frames), given.items, file)
+        reference = reference or rows
+        lines.append(line(folder, method, int(frames), rows, reference))
+    (given.results / "films.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+if __name__ == "__main__":
+    main()
