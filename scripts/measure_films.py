@@ -1,12 +1,14 @@
 """Measures what fewer visual tokens of a film cost in quality: checkpoints that `sightline train reduce` made, on the
 same films and questions.
 
-    python scripts/measure_films.py --ask runs/all storm:temporal_pool=1 128 --ask runs/storm storm:temporal_pool=8 128
+    python scripts/measure_films.py --ask runs/all storm:temporal_pool=1 16 60 \
+        --ask runs/storm storm:temporal_pool=8 128 60
 
-Each `--ask` is the folder of a training run, the method in its short form, and how many frames show a film; the first
-one is the reference that the others are compared with, by the benchmark's paired tests. Answers are appended under
-`--out` as they come, so that a killed measurement goes on where it was, and entries can be asked by several processes.
-A line of `docs/results/films.jsonl` is one entry.
+Each `--ask` is the folder of a training run, the method in its short form, how many frames show a film, and how many
+questions of each task; the first one is the reference that the others are compared with, by the benchmark's paired
+tests on the questions that both were asked. Answers are appended under `--out` as they come, so that a killed
+measurement goes on where it was, and entries can be asked by several processes. A line of `docs/results/films.jsonl` is
+one entry.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from sightline.models.answering import prepare, reply
 from sightline.models.loading import load
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+METAVAR = ("FOLDER", "METHOD", "FRAMES", "QUESTIONS")
 TEMPORAL = ("order", "motion", "count", "flash")
 
 
@@ -102,8 +105,7 @@ def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ask", nargs=3, action="append", required=True, metavar=("FOLDER", "METHOD", "FRAMES"))
-    parser.add_argument("--items", type=int, default=60, help="questions of each task")
+    parser.add_argument("--ask", nargs=4, action="append", required=True, metavar=METAVAR)
     parser.add_argument("--out", type=Path, default=Path("runs/films"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -111,10 +113,10 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     reference: list[dict[str, Any]] = []
-    for name, method, frames in given.ask:
+    for name, method, frames, items in given.ask:
         folder = Path(name)
         file = given.out / f"{folder.name}-{method.replace(':', '-').replace('/', '_')}-{frames}.jsonl"
-        rows = answers(folder, method, int(frames), given.items, file)
+        rows = answers(folder, method, int(frames), int(items), file)
         reference = reference or rows
         lines.append(line(folder, method, int(frames), rows, reference))
     (given.results / "films.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
