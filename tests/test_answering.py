@@ -28,7 +28,7 @@ def test_prompts_of_models_with_and_without_a_template(checkpoint: str) -> None:
     _, processor = load(checkpoint)
     assert prompt(processor, "Is it red?") == "USER: <image>\nIs it red? ASSISTANT:"
     assert prompt(processor, "Is it red?", pictures=0) == "USER: Is it red? ASSISTANT:"
-    assert prompt(processor, "Is it red?", pictures=2) == "USER: <image>\n<image>\nIs it red? ASSISTANT:"
+    assert prompt(processor, "Is it red?", pictures=2) == "USER: <image><image>\nIs it red? ASSISTANT:"
     processor.chat_template = None
     assert prompt(processor, "Is it red?") == "<image>Is it red?"
     assert prompt(processor, "Is it red?", pictures=0) == "<s>Is it red?\n"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import pytest
 import torch
 from command_line import call, refused
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sightline import methods as registry
 from sightline.errors import InputError
 from sightline.methods import Method
 from sightline.models.anatomy import Anatomy
+from sightline.models.answering import prepare
 from sightline.models.call import Call, Encoded, Reduced
 from sightline.models.narrowing import Chosen, LayerInput
 from sightline.picturebook.questions import Question, training_questions
@@ -31,7 +33,7 @@ from sightline.reduction.frame_reducer import FrameReducer, Frames, question
 from sightline.reduction.layer_reducer import LayerReducer
 from sightline.reduction.trained_reducer import TOWER, TrainedReducer, connector_input, hold
 from sightline.training.nano import IGNORED, Packer, picture_batch
-from sightline.training.reduce import ReduceRecipe, Steps, answered, asked_alone, one_each, train, validate
+from sightline.training.reduce import FilmPacker, ReduceRecipe, Steps, answered, asked_alone, one_each, train, validate
 from sightline.training.run import State
 
 QUICK: dict[str, Any] = dict(validation_batches=1, workers=0, quiet=True)
@@ -318,6 +320,14 @@ def test_rows_of_one_question_begin_their_answers_together(loaded: tuple[Any, An
         assert first + len(prompt) - 1 == int(begins[row])
         assert rows["attention_mask"][row, first:].all()
         assert not rows["attention_mask"][row, :first].any()
+
+
+def test_films_are_learned_in_the_form_in_which_they_are_asked_about(loaded: tuple[Any, Any]) -> None:
+    _, processor = loaded
+    packer = FilmPacker(processor.tokenizer, 272, 16)
+    frames = [Image.new("RGB", (80, 80))] * 16
+    asked = prepare(loaded[0], processor, [frames], ["Which came first?"])["input_ids"][0].tolist()
+    assert asked == packer.prefix + packer.ids("Which came first?" + packer.after_question)
 
 
 def test_tasks_take_turns() -> None:

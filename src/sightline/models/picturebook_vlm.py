@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 PICTURE_SIZE = 80
 PATCH_SIZE = 8
 PROMPT_WITH_PICTURE = "USER: <image>\n{question} ASSISTANT:"
+# Several pictures stand side by side, as the frames of films do in training: with a line break behind each, these would
+# outnumber what a method leaves of a long film.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ message['role'].upper() + ': ' }}
 {%- if message['content'] is string -%}
 {{ message['content'] + ' ' }}
 {%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+{{ '<image>' + ('\\n' if loop.last else '') }}
+{%- endfor -%}
 {%- for part in message['content'] if part['type'] == 'text' -%}
 {{ part['text'] + (' ' if message['role'] == 'user' else '</s>') }}
 {%- endfor -%}
