@@ -48,7 +48,8 @@ to highest seed).
 FILMS_HEAD = """## Films
 
 `python scripts/measure_films.py`: one question a film, answered after reading all its frames; checkpoints trained by
-`sightline train reduce` on films of 16 frames. Accuracy in %, brackets: 95 % interval. With one frame a model can be
+`sightline train reduce` on two CPU cores. `all` keeps all tokens; it went on from step 1000 of `storm` and was given the
+time that `storm` took for its other 500 steps, so that both have had the same computing. Accuracy in %, brackets: 95 % interval. With one frame a model can be
 right about order half of the time, about motion a quarter, about count a third. *Operations* are the decoder's for the
 prompt, as a share of what the same frames cost it with all their tokens; *p* is of the paired test of the temporal
 questions against the first row, on the films that both were asked about; seconds are of a whole answer on one thread,
@@ -175,7 +176,10 @@ def film_rows(folder: Path) -> Iterator[str]:
         recipe, scores = line["recipe"], line["scores"]
         value, low, high = (percent(one) for one in scores["temporal"])
         before = "" if line["started_from"] == "picturebook-nano" else f" after those of `{line['started_from']}`"
-        cells = [line["checkpoint"], f"`{recipe['method']}`, {recipe['steps']} steps{before}"]
+        cells = [
+            line["checkpoint"],
+            f"`{recipe['method']}`, {recipe['steps']} steps of {recipe['batch']} films{before}",
+        ]
         cells += [f"`{line['method']}`", str(line["frames"]), f"{line['visual_tokens']:,.0f}"]
         cells += [f"{100 * line['flops'] / line['all_tokens_flops']:.2g} %", f"{value} [{low}, {high}]"]
         cells += [percent(scores[task][0]) for task in tasks]
