@@ -48,12 +48,12 @@ to highest seed).
 FILMS_HEAD = """## Films
 
 `python scripts/measure_films.py`: one question a film, answered after reading all its frames; checkpoints trained by
-`sightline train reduce` on two CPU cores. `all` keeps all tokens; it went on from step 1000 of `storm` and was given the
-time that `storm` took for its other 500 steps, so that both have had the same computing. Accuracy in %, brackets: 95 % interval. With one frame a model can be
-right about order half of the time, about motion a quarter, about count a third. *Operations* are the decoder's for the
-prompt, as a share of what the same frames cost it with all their tokens; *p* is of the paired test of the temporal
-questions against the first row, on the films that both were asked about; seconds are of a whole answer on one thread,
-drawing and vision tower included.
+`sightline train reduce` on a CPU. `all` keeps all tokens; it went on from step 1000 of `storm` and was given the time
+that `storm` took for its other 500 steps, so that both have had the same computing. Accuracy in %, brackets: 95 %
+interval. With one frame a model can be right about order half of the time, about motion a quarter, about count a third.
+*Operations* are the decoder's for the prompt, as a share of what the same frames cost it with all their tokens; *p* is
+of the paired test of the temporal questions against the first row, on the films that both were asked about; seconds are
+of a whole answer on one thread, drawing and vision tower included.
 
 | checkpoint | trained | method | frames | tokens | operations | temporal questions | {tasks} | n | p | s |
 | --- | --- | --- | --- | --- | --- | --- |{rule} --- | --- | --- |"""
@@ -181,7 +181,7 @@ def film_rows(folder: Path) -> Iterator[str]:
             f"`{recipe['method']}`, {recipe['steps']} steps of {recipe['batch']} films{before}",
         ]
         cells += [f"`{line['method']}`", str(line["frames"]), f"{line['visual_tokens']:,.0f}"]
-        cells += [f"{100 * line['flops'] / line['all_tokens_flops']:.2g} %", f"{value} [{low}, {high}]"]
+        cells += [f"{100 * line['flops'] / line['all_tokens_flops']:.3g} %", f"{value} [{low}, {high}]"]
         cells += [percent(scores[task][0]) for task in tasks]
         cells += [str(line["n"]), "" if place == 0 else f"{line['p_value']:.2g}", f"{line['seconds']:.1f}"]
         yield f"| {' | '.join(cells)} |"
