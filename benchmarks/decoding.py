@@ -73,7 +73,8 @@ def main() -> None:
         measure(model, name, STEERING, 1, 48, dict.fromkeys(STEERING, 1.08), often)
     if options.only in (None, "nano"):
         model, name = nano(options.device)
-        measure(model, name, CHOSEN, 1, 48, dict.fromkeys(CONTRASTIVE, 1.6), options)
+        others = [text for text in CHOSEN if text not in STEERING]
+        measure(model, name, others, 1, 48, dict.fromkeys(CONTRASTIVE, 1.6), options)
         measure(model, name, CHOSEN, 32, 12, dict.fromkeys(CONTRASTIVE, 2.1), options)
     if options.only in (None, "small-vlm"):
         model, name = small_vlm(options.device, torch.float32, patches_a_side=10)

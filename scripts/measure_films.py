@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure_reduction import RESULTS, write
 from rich.progress import track
 
 from sightline.benchmarks.flops import DecoderShape, costs_of, stock_cost
@@ -30,7 +31,6 @@ from sightline.methods import attach, parse_methods
 from sightline.models.answering import prepare, reply
 from sightline.models.loading import load
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 METAVAR = ("FOLDER", "METHOD", "FRAMES", "QUESTIONS")
 TEMPORAL = ("order", "motion", "count", "flash")
 
@@ -72,13 +72,10 @@ def line(
 ) -> dict[str, Any]:
     """What is kept of an entry."""
     benchmark = get_benchmark("films", frames=frames)
-    temporal = [row for row in rows if row["task"] in TEMPORAL]
-    reference = [row for row in reference if row["task"] in TEMPORAL]
-    groups = {"temporal": temporal} | {task: [row for row in rows if row["task"] == task] for task in TEMPORAL}
-    scores = {name: benchmark.scores(some)["all"] for name, some in groups.items() if some}
-    ids = {row["id"] for row in reference}
-    of_both = [row for row in temporal if row["id"] in ids]
-    of_reference = [row for row in reference if row["id"] in {row["id"] for row in of_both}]
+    temporal, known = ([row for row in some if row["task"] in TEMPORAL] for some in (rows, reference))
+    scores = benchmark.scores(temporal)
+    both = {row["id"] for row in temporal} & {row["id"] for row in known}
+    pair = [[row for row in some if row["id"] in both] for some in (known, temporal)]
     recipe: dict[str, Any] = read_json(folder / "recipe.json")
     started_from = Path(recipe["model"]).parent.name or recipe["model"]
     return {
@@ -88,14 +85,17 @@ def line(
         "method": method,
         "frames": frames,
         "n": len(temporal),
-        "scores": {name: [score.value, score.low, score.high] for name, score in scores.items()},
+        "scores": {
+            "temporal" if name == "all" else name: [score.value, score.low, score.high]
+            for name, score in scores.items()
+        },
         "appearance": benchmark.scores([row for row in rows if row["task"] == "appearance"])["all"].value,
         "visual_tokens": mean(rows, "visual_tokens"),
         "flops": mean(rows, "flops"),
         "all_tokens_flops": mean(rows, "all_tokens_flops"),
         "seconds": mean(rows, "seconds"),
-        "p_value": benchmark.paired(of_reference, of_both),
-        "p_values": benchmark.paired_others(of_reference, of_both),
+        "p_value": benchmark.paired(*pair),
+        "p_values": benchmark.paired_others(*pair),
     }
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         rows = answers(folder, method, int(frames), int(items), file)
         reference = reference or rows
         lines.append(line(folder, method, int(frames), rows, reference))
-    (given.results / "films.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write(given.results / "films.jsonl", lines)
 
 
 if __name__ == "__main__":
