@@ -22,19 +22,19 @@ from sightline.methods import Method
 STEERING = [PAI(gamma=1.0), PAI(alpha=2.0, gamma=1.0, layers=(1,)), Vista(gamma=0.0), Vista(gamma=0.0, scale="raw")]
 
 
-def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float, output: Tensor) -> None:
-    """The loop, on query [H, d], key and value [G, k, d], factors [k] and output [H, d]."""
-    arrays = (query[None, :, None], key[None], value[None], factors[None, None, None])
-    loops().boosted(*(x.numpy() for x in arrays), scaling, output[None, None].numpy())
+def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float) -> Tensor:
+    """The loop, on query [H, d], key and value [G, k, d] and factors [k]; gives [H, d]."""
+    one_row = (query[None, :, None], key[None], value[None], factors[None, None, None])
+    assert in_loops(*one_row)
+    return one_token_loops.boosted(*one_row, scaling)[0, 0]
 
 
 @pytest.mark.parametrize(("heads", "groups", "keys", "width"), [(4, 4, 145, 48), (6, 2, 7, 5), (3, 1, 1, 1)])
 def test_boosted_attention_is_that_of_the_formula(heads: int, groups: int, keys: int, width: int) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(heads, width), torch.randn(groups, keys, width), torch.randn(groups, keys, width)
-    factors, output = torch.rand(keys) * 2, torch.empty(heads, width)
-    scaling = width**-0.5
-    boosted(query, key, value, factors, scaling, output)
+    factors, scaling = torch.rand(keys) * 2, width**-0.5
+    output = boosted(query, key, value, factors, scaling)
     for head in range(heads):
         of_head = (x[head // (heads // groups)].double() for x in (key, value))
         keys_of, values_of = of_head
@@ -45,9 +45,8 @@ def test_boosted_attention_is_that_of_the_formula(heads: int, groups: int, keys:
 
 def test_large_logits_stay_finite() -> None:
     query, key = torch.full((1, 2), 1e4), torch.tensor([[[1e4, 1e4], [-1e4, -1e4], [1e4, 1e4 - 1e3]]])
-    value, output = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]), torch.empty(1, 2)
-    boosted(query, key, value, torch.zeros(3), 1.0, output)
-    assert output.tolist() == [[1.0, 2.0]]
+    value = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+    assert boosted(query, key, value, torch.zeros(3), 1.0).tolist() == [[1.0, 2.0]]
 
 
 @pytest.mark.parametrize("scale", ["unit", "raw"])
@@ -92,9 +91,9 @@ def test_an_answer_is_the_same_with_and_without_them(
         return loops()
 
     def answer(takes: bool) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr(one_token_loops, "loops", counted)
         for module in (attention_steering, vista):
-            monkeypatch.setattr(module, "loops", counted)
-            monkeypatch.setattr(module, "in_loops", in_loops if takes else lambda x: False)
+            monkeypatch.setattr(module, "in_loops", in_loops if takes else lambda *tensors: False)
         with sl.attach(model, method):
             out = generate(model, batch, steps)
         return out.sequences, torch.stack(out.logits)
@@ -116,6 +115,8 @@ def test_what_they_are_not_for() -> None:
     assert not in_loops(x.double())
     assert not in_loops(x.bfloat16())
     assert not in_loops(x.to("meta"))
+    assert not in_loops(x, x.double())
+    assert not in_loops(torch.randn(1, 1, 8)[..., ::2])
     assert math.isclose(float(Vista(gamma=0.0).steer(x.bfloat16(), x).norm() / x.norm()), 1, rel_tol=0.02)
 
 

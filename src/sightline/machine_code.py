@@ -1,4 +1,7 @@
-"""Loops in machine code for the CPU: numba compiles them where it is installed (`pip install 'sightline[cpu]'`)."""
+"""Loops in machine code for the CPU: numba compiles them where it is installed (`pip install 'sightline[cpu]'`).
+
+What is compiled holds no interpreter lock, and is kept in a folder from run to run where there is one to write to.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,7 @@ def has_numba() -> bool:
 
 
 def compiled(loops: Callable[..., None], fastmath: Set[str]) -> Callable[..., None]:
-    """The function in machine code, which holds no interpreter lock and is kept in a folder from run to run where there
-    is one to write to.
+    """The function in machine code.
 
     Args:
         loops: a function of arrays and numbers.
@@ -30,9 +32,32 @@ def compiled(loops: Callable[..., None], fastmath: Set[str]) -> Callable[..., No
     """
     from numba import njit
 
+    return _kept(njit, loops, fastmath)
+
+
+def called_with_addresses(loops: Callable[..., None], signature: str, fastmath: Set[str]) -> Callable[..., None]:
+    """The function in machine code, for calls that are to take no more than a microsecond.
+
+    Args:
+        loops: a function of addresses, of which it makes arrays by numba's `carray`, and numbers.
+        signature: the types of its arguments, in numba's words.
+        fastmath: as for `compiled`.
+
+    Returns:
+        A function of whole numbers in the place of addresses. Nothing checks what is there.
+
+    Raises:
+        ImportError: numba is not installed.
+    """
+    from numba import cfunc
+
+    function: Callable[..., None] = _kept(functools.partial(cfunc, signature), loops, fastmath).ctypes
+    return function
+
+
+def _kept(compiler: Callable[..., Any], loops: Callable[..., None], fastmath: Set[str]) -> Any:
     options: dict[str, Any] = dict(nogil=True, fastmath=set(fastmath), error_model="numpy")
     try:
-        function: Callable[..., None] = njit(cache=True, **options)(loops)
+        return compiler(cache=True, **options)(loops)
     except RuntimeError:  # no folder can be written to
-        function = njit(**options)(loops)
-    return function
+        return compiler(**options)(loops)

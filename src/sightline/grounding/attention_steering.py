@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
-from sightline.grounding.one_token_loops import in_loops, loops
+from sightline.grounding.one_token_loops import boosted, in_loops
 from sightline.methods import Method, in_range
 from sightline.models.call import NO_PICTURE, Stream
 
@@ -159,8 +159,9 @@ class LogitBoost(Method):
                     if queries == 0:
                         return attending.stock()
             if queries == 1 and not boost.heads and _one_token(attending):
-                keys = attending.key.shape[2]
-                return _boosted(attending, boost.factors(call.key_columns(keys, 1), attending.query)), None
+                query, key, value = attending.query, attending.key, attending.value
+                factors = boost.factors(call.key_columns(key.shape[2], 1), query)
+                return boosted(query, key, value, factors, attending.scaling), None
             logits = attending.unmasked(queries)
             factors = boost.factors(call.key_columns(logits.shape[-1], attending.query.shape[2]), logits)
             size = logits.abs()
@@ -182,26 +183,15 @@ class LogitBoost(Method):
 def _one_token(attending: Attending) -> bool:
     """Whether compiled loops may compute it: one query of one row, that sees all keys, and few enough of these for one
     thread."""
-    query, key = attending.query, attending.key
+    rows, _, queries, _ = attending.query.shape
     return (
-        len(query) == query.shape[2] == 1
+        rows == queries == 1
         and attending.mask is None
         and not attending.shows_weights
         and attending.options.get("softcap") is None
-        and key.numel() <= LARGEST_CACHE
-        and in_loops(query)
-        and key.is_contiguous()
-        and attending.value.is_contiguous()
+        and attending.key.numel() <= LARGEST_CACHE
+        and in_loops(attending.query, attending.key, attending.value)
     )
-
-
-def _boosted(attending: Attending, factors: Tensor) -> Tensor:
-    """Head outputs [1, 1, H, d] of one query with logits z + f |z|; factors f [1, 1, 1, k]."""
-    query, key, value = attending.query, attending.key, attending.value
-    output = query.new_empty(1, 1, query.shape[1], value.shape[3])
-    arrays = (query.numpy(), key.numpy(), value.numpy(), factors.numpy())
-    loops().boosted(*arrays, attending.scaling, output.numpy())
-    return output
 
 
 class _Boost:

@@ -1,9 +1,9 @@
 """What steering does to one token in one layer, as loops for the CPU in machine code.
 
 On a small model a step of one token takes milliseconds, and a handful of tensor operations in every layer shows in it:
-calling them takes longer than what they compute. One call of a compiled loop does the same. All arrays are float32 and
-contiguous, and come in the shapes that they have in the decoder, as a view of a tensor costs as much as a loop; H query
-heads, G key/value heads, k keys, d the width of a head, D that of the decoder.
+calling them takes longer than what they compute. One call of a compiled loop does the same. It is given addresses, as
+views of the tensors as arrays would cost more than the loop. H query heads, G key/value heads, k keys, d the width of a
+head, D that of the decoder.
 """
 
 from __future__ import annotations
@@ -17,41 +17,81 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.machine_code import compiled, has_numba
+from sightline.machine_code import called_with_addresses, has_numba
+
+carray: Any = None
+"""numba's, from when the loops are compiled on, which look it up here: to import numba takes long."""
 
 
-def in_loops(x: Tensor) -> bool:
-    """Whether the loops are for tensors like this one."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and has_numba()
-    )
+def in_loops(*tensors: Tensor) -> bool:
+    """Whether the loops are for tensors like these."""
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()) or (grad and x.requires_grad):
+            return False
+    return has_numba()
 
 
-def _boosted(query: Any, key: Any, value: Any, factors: Any, scaling: Any, output: Any) -> None:
-    """Attention of one query [1, H, 1, d] with logits z + f |z|: key, value [1, G, k, d], f [1, 1, 1, k] -> output
-    [1, 1, H, d]."""
+def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float) -> Tensor:
+    """Attention of one query with logits z + f |z|, for tensors that are `in_loops`.
+
+    Args:
+        query: [1, H, 1, d]
+        key: [1, G, k, d]; all are seen.
+        value: the same.
+        factors: f, [1, 1, 1, k]
+
+    Returns:
+        Head outputs [1, 1, H, d].
+    """
     heads, width = query.shape[1], query.shape[3]
-    groups, keys = key.shape[1], key.shape[2]
+    output = query.new_empty(1, 1, heads, width)
+    addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), factors.data_ptr(), output.data_ptr())
+    loops().boosted(*addresses, heads, *key.shape[1:], scaling)
+    return output
+
+
+def tilted(m: Tensor, v: Tensor, strength: float, unit: bool) -> Tensor:
+    """m + a v at the length of m, for vectors [1, 1, D] that are `in_loops`: a is `strength`, and with `unit`, where v
+    has length 1 or 0, `strength` max(||m||, ||m|| - m.v)."""
+    output = torch.empty_like(m)
+    loops().tilted(m.data_ptr(), v.data_ptr(), output.data_ptr(), m.shape[2], strength, unit)
+    return output
+
+
+def _boosted(
+    query_at: Any,
+    key_at: Any,
+    value_at: Any,
+    factors_at: Any,
+    output_at: Any,
+    heads: int,
+    groups: int,
+    keys: int,
+    width: int,
+    scaling: float,
+) -> None:
+    query = carray(query_at, (heads, width), np.float32)
+    key = carray(key_at, (groups, keys, width), np.float32)
+    value = carray(value_at, (groups, keys, width), np.float32)
+    factors = carray(factors_at, keys, np.float32)
+    output = carray(output_at, (heads, width), np.float32)
     weights = np.empty(keys, np.float32)
     for h in range(heads):
-        q, k, v = query[0, h, 0], key[0, h // (heads // groups)], value[0, h // (heads // groups)]
+        q, k, v, of_head = query[h], key[h // (heads // groups)], value[h // (heads // groups)], output[h]
         highest = np.float32(-np.inf)
         for j in range(keys):
             z = np.float32(0)
             for i in range(width):
                 z += q[i] * k[j, i]
             z *= scaling
-            z += factors[0, 0, 0, j] * abs(z)
+            z += factors[j] * abs(z)
             weights[j] = z
             highest = max(highest, z)
         total = np.float32(0)
         for j in range(keys):
             weights[j] = math.exp(weights[j] - highest)
             total += weights[j]
-        of_head = output[0, 0, h]
         of_head[:] = 0
         for j in range(keys):
             weight = weights[j] / total
@@ -59,12 +99,11 @@ def _boosted(query: Any, key: Any, value: Any, factors: Any, scaling: Any, outpu
                 of_head[i] += weight * v[j, i]
 
 
-def _tilted(m: Any, v: Any, strength: Any, unit: bool, output: Any) -> None:
-    """m + a v at the length of m, vectors [1, 1, D]: a is `strength`, and with `unit`, where v has length 1 or 0,
-    `strength` max(||m||, ||m|| - m.v)."""
+def _tilted(m_at: Any, v_at: Any, output_at: Any, width: int, strength: Any, unit: bool) -> None:
+    m, v = carray(m_at, width, np.float32), carray(v_at, width, np.float32)
+    output = carray(output_at, width, np.float32)
     square, along = np.float32(0), np.float32(0)
-    m, v, output = m[0, 0], v[0, 0], output[0, 0]
-    for i in range(len(m)):
+    for i in range(width):
         square += m[i] * m[i]
         along += m[i] * v[i]
     length = math.sqrt(square)
@@ -72,11 +111,11 @@ def _tilted(m: Any, v: Any, strength: Any, unit: bool, output: Any) -> None:
     if unit:
         amount *= max(length, length - along)
     after = np.float32(0)
-    for i in range(len(m)):
+    for i in range(width):
         output[i] = m[i] + amount * v[i]
         after += output[i] * output[i]
     shrink = length / math.sqrt(after) if after > 1e-24 else length * 1e12
-    for i in range(len(m)):
+    for i in range(width):
         output[i] *= shrink
 
 
@@ -94,6 +133,13 @@ def loops() -> Loops:
     Raises:
         ImportError: numba is not installed.
     """
+    global carray
+    from numba.np.numpy_support import carray
+
     # Sums may be reordered, or they could not be vectors; infinities and NaN keep their meaning.
     liberties = {"contract", "reassoc", "nsz"}
-    return Loops(compiled(_boosted, liberties), compiled(_tilted, liberties))
+    boosted_as = "void(voidptr, voidptr, voidptr, voidptr, voidptr, intp, intp, intp, intp, float32)"
+    tilted_as = "void(voidptr, voidptr, voidptr, intp, float32, boolean)"
+    return Loops(
+        called_with_addresses(_boosted, boosted_as, liberties), called_with_addresses(_tilted, tilted_as, liberties)
+    )

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.hidden_steering import HiddenSteering
-from sightline.grounding.one_token_loops import in_loops, loops
+from sightline.grounding.one_token_loops import in_loops, tilted
 from sightline.methods import in_range, register
 
 if TYPE_CHECKING:
@@ -117,24 +117,18 @@ class Vista(HiddenSteering):
         return F.normalize(difference, dim=-1) if self.scale == "unit" else difference
 
     def steer(self, hidden: Tensor, direction: Tensor) -> Tensor:
-        if hidden.numel() == hidden.shape[-1] and in_loops(hidden):
-            return self._steer_one(hidden, direction)
+        if hidden.shape[:2] == (1, 1) and in_loops(hidden, direction):
+            return tilted(hidden, direction, self.strength, self.scale == "unit")
         wide = hidden.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if self.scale == "unit":
             # ||m|| times the tilted vector, ||m|| kappa being max(||m||, ||m|| - m.v): fewer steps a layer and token.
             kappa = torch.maximum(length, torch.baddbmm(length, wide, direction.mT, alpha=-1))
-            tilted = torch.addcmul(wide, kappa, direction, value=self.strength)
+            moved = torch.addcmul(wide, kappa, direction, value=self.strength)
         else:
-            tilted = torch.add(wide, direction, alpha=self.strength)
-        shrink = length / torch.linalg.vector_norm(tilted, dim=-1, keepdim=True).clamp_min(1e-12)
-        return (tilted * shrink).to(hidden.dtype)
-
-    def _steer_one(self, hidden: Tensor, direction: Tensor) -> Tensor:
-        """`steer` for a single vector [1, 1, D]."""
-        tilted = torch.empty_like(hidden)
-        loops().tilted(hidden.numpy(), direction.numpy(), self.strength, self.scale == "unit", tilted.numpy())
-        return tilted
+            moved = torch.add(wide, direction, alpha=self.strength)
+        shrink = length / torch.linalg.vector_norm(moved, dim=-1, keepdim=True).clamp_min(1e-12)
+        return (moved * shrink).to(hidden.dtype)
 
     def _read(self, layer: int) -> Callable[[Call, Tensor], None]:
         def read(call: Call, hidden: Tensor) -> None:
