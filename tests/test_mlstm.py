@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sightline import machine_code
 from sightline.errors import InputError
 from sightline.mixers import mlstm as module
 from sightline.mixers.mlstm import MLSTM, BlockLinear, MLSTMState, OffsetNorm, mlstm
+from sightline.mixers.mlstm_loops import layer_in_loops
 
 FORMS = [
     dict(mode="recurrent"),
@@ -117,8 +119,8 @@ def test_long_memory_keeps_its_digits_in_float32() -> None:
 def test_both_ways_to_weigh_pairs_agree(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shift: float) -> None:
     given = [part.requires_grad_() for part in draw(50, dtype, shift=shift)]
     results = []
-    for growth in (module._GROWTH, 1e9, -1.0):
-        monkeypatch.setattr(module, "_GROWTH", growth)
+    for growth in (module.STEEPEST, 1e9, -1.0):
+        monkeypatch.setattr(module, "STEEPEST", growth)
         out, _ = mlstm(*given, chunk=8)
         results.append((out, *torch.autograd.grad(out.square().mean(), given)))
     for other in results[1:]:
@@ -318,6 +320,84 @@ def test_maps_by_head_are_the_maps(width: int, size: int, heads: int, bias: bool
     torch.testing.assert_close(maps.by_head(x, heads), expected.unflatten(-1, (heads, -1)).transpose(1, 2))
     weight, offset = maps.before(after)
     torch.testing.assert_close(x @ weight.T + offset, expected @ after.T, rtol=1e-4, atol=1e-4)
+
+
+LAYERS = [
+    dict(width=16),
+    dict(width=16, reverse=True),
+    dict(width=12, num_heads=2, block_size=3, bias=True, norm_bias=True, conv_size=2),
+    dict(width=10, num_heads=5, block_size=10, expansion=1, bias=True, conv_size=1, reverse=True),
+    dict(width=9, num_heads=3, block_size=6, conv_size=5),
+]
+LOOP_LENGTHS = [1, 2, 49, 52, 11 * 64]
+"""Of one token up to more than the chunks that are worked on at once."""
+
+
+def filled(layer: MLSTM, *, seed: int = 0) -> MLSTM:
+    """The layer with all its weights drawn, gates and norms too, and a forget gate that mostly remembers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        layer.fgate.bias.add_(3)
+    return layer.eval()
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that was made in machine code came to an end, in the order of the calls."""
+    came: list[bool] = []
+
+    def spy(*args: Any) -> Tensor | None:
+        done = layer_in_loops(*args)
+        came.append(done is not None)
+        return done
+
+    monkeypatch.setattr(module, "layer_in_loops", spy)
+    return came
+
+
+@pytest.mark.parametrize("length", LOOP_LENGTHS)
+@pytest.mark.parametrize("settings", LAYERS)
+def test_the_layer_in_machine_code_is_the_layer(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], length: int
+) -> None:
+    layer = filled(MLSTM(**settings))
+    norm = OffsetNorm(layer.width)
+    x = torch.randn(2, length, layer.width, generator=torch.Generator().manual_seed(1))
+    expected = layer.double()(x.double())  # in float64, where the loops are not taken
+    plus = x.double() + layer(norm.double()(x.double()))
+    layer, norm = layer.float(), norm.float()
+    came = spied(monkeypatch)
+    with torch.no_grad():
+        for got, wanted in ((layer(x), expected), (layer.residual(x, norm), plus)):
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=3e-5 * float(wanted.abs().max()))
+    assert came == [True, True]
+
+
+def test_gates_too_steep_for_machine_code_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = filled(MLSTM(16)), torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layer.igate.weight.mul_(500)
+        came = spied(monkeypatch)
+        got = layer(x)
+    assert came == [False]
+    wanted = layer.double()(x.double()).detach()
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_where_machine_code_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = filled(MLSTM(16)), torch.randn(1, 64, 16)
+    grid, came = filled(MLSTM(16, conv="grid")), spied(monkeypatch)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        grid(x, (8, 8))
+        layer(torch.randn(1, 97, 16))  # no number of tokens near a chunk's divides 97
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(x)
+        layer.double()(x.double())
+        monkeypatch.setattr(machine_code, "has_numba", lambda: False)
+        layer.float()(x)
+    assert not came
 
 
 def test_the_work_of_the_layer() -> None:

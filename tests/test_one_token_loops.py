@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sightline as sl
+from sightline import machine_code
 from sightline.grounding import attention_steering, one_token_loops, vista
-from sightline.grounding.one_token_loops import in_loops, loops
+from sightline.grounding.one_token_loops import loops
 from sightline.grounding.pai import PAI
 from sightline.grounding.vista import Vista
+from sightline.machine_code import in_loops
 from sightline.methods import Method
 
 STEERING = [PAI(gamma=1.0), PAI(alpha=2.0, gamma=1.0, layers=(1,)), Vista(gamma=0.0), Vista(gamma=0.0, scale="raw")]
@@ -121,5 +123,5 @@ def test_what_they_are_not_for() -> None:
 
 
 def test_without_numba_the_tensor_form_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_token_loops, "has_numba", lambda: False)
+    monkeypatch.setattr(machine_code, "has_numba", lambda: False)
     assert not in_loops(torch.randn(1, 1, 4))

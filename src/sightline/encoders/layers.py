@@ -22,7 +22,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).mT
+        # Side by side in memory, or every sum of a residual stream would keep the map's order, and every norm copy it.
+        return self.proj(pixels).flatten(2).mT.contiguous()
 
 
 class Mlp(nn.Module):

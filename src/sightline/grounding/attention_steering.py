@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.contrastive_decoding import ContrastiveDecoding, contrasted
-from sightline.grounding.one_token_loops import boosted, in_loops
+from sightline.grounding.one_token_loops import boosted
+from sightline.machine_code import in_loops
 from sightline.methods import Method, in_range
 from sightline.models.call import NO_PICTURE, Stream
 

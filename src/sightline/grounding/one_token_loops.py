@@ -17,19 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.machine_code import called_with_addresses, has_numba
+from sightline.machine_code import called_with_addresses
 
 carray: Any = None
 """numba's, from when the loops are compiled on, which look it up here: to import numba takes long."""
-
-
-def in_loops(*tensors: Tensor) -> bool:
-    """Whether the loops are for tensors like these."""
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()) or (grad and x.requires_grad):
-            return False
-    return has_numba()
 
 
 def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float) -> Tensor:

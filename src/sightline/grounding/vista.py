@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
 from sightline.grounding.hidden_steering import HiddenSteering
-from sightline.grounding.one_token_loops import in_loops, tilted
+from sightline.grounding.one_token_loops import tilted
+from sightline.machine_code import in_loops
 from sightline.methods import in_range, register
 
 if TYPE_CHECKING:

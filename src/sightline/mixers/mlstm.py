@@ -18,7 +18,7 @@ B batch, H heads, L tokens, K and V the widths of keys and values, E inner width
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
@@ -27,21 +27,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sightline.errors import InputError, unknown
+from sightline.machine_code import in_loops
 from sightline.mixers.mixer import CausalMixer
+from sightline.mixers.mlstm_loops import STEEPEST, layer_in_loops
 
 Mode = Literal["chunked", "parallel", "recurrent"]
 
 CHUNK = 48
 """Tokens a chunk, about: the fastest on processors at heads of about 48 channels."""
 
+LOOP_CHUNK = 64
+"""The same for a layer in machine code."""
+
 _STRETCH = 16
 """Chunks that are worked on at once, so few that what they need stays in a processor's cache."""
 
 WIDEST_GROUP = 128
 """Channels of a group of blocks up to which one product costs less than putting several side by side."""
-
-_GROWTH = 40.0
-"""How far M may rise within a chunk for exp(u_s - M_t) to be split in a factor of s and one of t in float32."""
 
 
 class MLSTMState(NamedTuple):
@@ -122,10 +124,10 @@ def mlstm(
     return mixed.to(value.dtype), after
 
 
-def _fitting(length: int) -> int:
-    """Tokens a chunk: about `CHUNK`, and a divisor of the length where there is one, which saves copies."""
-    near = (size for size in range(CHUNK - 16, CHUNK + 25) if length % size == 0)
-    return min(near, key=lambda size: abs(size - CHUNK), default=min(CHUNK, length))
+def _fitting(length: int, best: int = CHUNK) -> int:
+    """Tokens a chunk: about `best`, and a divisor of the length where there is one, which saves copies."""
+    near = (size for size in range(best - 16, best + 25) if length % size == 0)
+    return min(near, key=lambda size: abs(size - best), default=min(best, length))
 
 
 def empty_state(like: Tensor, value_width: int, wide: torch.dtype = torch.float64) -> MLSTMState:
@@ -190,7 +192,7 @@ def _chunked(parts: Sequence[Tensor], state: MLSTMState, eps: float, chunk: int)
     start = torch.cat([state.maximum[..., None, None], end[:, :, :-1]], dim=2)
     gain, rows = gain - end, rows - end
 
-    factors = not rows.is_meta and bool((rows > -_GROWTH).all())
+    factors = not rows.is_meta and bool((rows > -STEEPEST).all())
     if factors:
         # exp(u_s - M_t) is in proportion to exp(u_s - M_end), and the proportion cancels in the division.
         weighted = kept = (key * gain.exp().to(kind).unsqueeze(-1)).contiguous()
@@ -388,6 +390,8 @@ class MLSTM(CausalMixer):
             self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads, device=self.fgate.bias.device))
 
     def forward(self, x: Tensor, grid: tuple[int, ...] = ()) -> Tensor:
+        if (done := self._in_loops(x)) is not None:
+            return done
         if self.reverse:
             x = x.flip(1)
         u, z = self.proj_up(x).chunk(2, dim=-1)
@@ -395,6 +399,24 @@ class MLSTM(CausalMixer):
         mixed, _ = mlstm(*self.heads(u, c))
         out = self.finish(mixed.transpose(1, 2).flatten(2), c, z)
         return out.flip(1) if self.reverse else out
+
+    def residual(self, x: Tensor, norm: Callable[[Tensor], Tensor], grid: tuple[int, ...] = ()) -> Tensor:
+        """x + layer(norm(x))."""
+        done = self._in_loops(x, norm)
+        return x + self(norm(x), grid) if done is None else done
+
+    def _in_loops(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """`forward`, or with a norm `residual`, in machine code, where that can be."""
+        chunk = _fitting(x.shape[1], LOOP_CHUNK)
+        fits = (
+            not torch.is_grad_enabled()
+            and isinstance(self.conv, _TokenConv)
+            and x.shape[1] % chunk == 0
+            and in_loops(x, self.proj_up.weight)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+        return layer_in_loops(self, x, norm, chunk) if fits else None
 
     def convolve(self, u: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The convolution of tokens [B, L, E]."""
@@ -414,11 +436,15 @@ class MLSTM(CausalMixer):
 
     def _gates(self, u: Tensor, c: Tensor) -> Tensor:
         """Both gates [B, L, 2 H], linear in [q, k, v], which are linear in c and u: their [B, L, 3 E] is not made."""
+        of_c, of_u, bias = self.gate_maps()
+        return F.linear(c, of_c, bias) + F.linear(u, of_u)
+
+    def gate_maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The maps of c and of u, [2 H, E] each, that the gates are the sum of, and their bias [2 H]."""
         weight = torch.cat([self.igate.weight, self.fgate.weight])
         parts = zip((self.q_proj, self.k_proj, self.v_proj), weight.chunk(3, dim=1), strict=True)
         (of_q, bias_q), (of_k, bias_k), (of_v, bias_v) = (proj.before(part) for proj, part in parts)
-        bias = torch.cat([self.igate.bias, self.fgate.bias]) + bias_q + bias_k + bias_v
-        return F.linear(c, of_q + of_k, bias) + F.linear(u, of_v)
+        return of_q + of_k, of_v, torch.cat([self.igate.bias, self.fgate.bias]) + bias_q + bias_k + bias_v
 
     def finish(self, mixed: Tensor, c: Tensor, z: Tensor) -> Tensor:
         """Norm, skip, gate and projection of what the heads gave, [..., E] -> [..., D]."""

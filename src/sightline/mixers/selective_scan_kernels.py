@@ -13,52 +13,12 @@ the loops of the gradient are split as they are.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sightline.machine_code import compiled
-
-LOG2_E = np.float32(1.4426950408889634)
-# 2^f = 1 + f (P1 + f (P2 + ...)) on [-1/2, 1/2]: least largest relative error, 2e-9, under the value 1 at 0.
-P1, P2, P3 = np.float32(0.6931472028550301), np.float32(0.2402264791359347), np.float32(0.05550332471154005)
-P4, P5, P6 = np.float32(0.009618437361395598), np.float32(0.0013398874409193244), np.float32(0.00015353360970534987)
-ONE, LOWEST, HIGHEST = np.float32(1), np.float32(-127), np.float32(128)
-ROUNDER = np.float32(3 << 22)
-"""1.5 * 2^23: a float32 of this size has no bits behind the point; adding it rounds, and leaves the whole number in the
-low bits."""
-EXPONENT_BIAS, MANTISSA_BITS = np.int32(127), np.int32(23)
-
-
-def _exp(x: Any) -> Any:
-    """exp in float64; in float32 a polynomial that vectors can be made of, accurate to 1e-7 (1 + |x|)."""
-    raise NotImplementedError("only inside compiled code")
-
-
-def _exp_of(x: Any) -> Callable[[Any], Any]:
-    """What `_exp` is for an argument of numba's type x."""
-    from numba import float64
-
-    if x == float64:
-
-        def exact(x: Any) -> Any:
-            return math.exp(x)
-
-        return exact
-
-    def exp(x: Any) -> Any:
-        power = x * LOG2_E
-        power = LOWEST if power < LOWEST else power
-        power = HIGHEST if power > HIGHEST else power
-        shifted = power + ROUNDER
-        f = power - (shifted - ROUNDER)
-        fraction = ONE + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * (P5 + f * P6)))))
-        whole = np.int32(np.int32(np.float32(shifted).view(np.int32) + EXPONENT_BIAS) << MANTISSA_BITS)
-        return fraction * np.int32(whole).view(np.float32)
-
-    return exp
+from sightline.machine_code import compiled, fast_exp
 
 
 def _scan(
@@ -95,7 +55,7 @@ def _scan(
         for n in range(states):
             b, c = B[t, n], C[t, n]
             for e in range(width):
-                value = _exp(times[e] * rates[n, e]) * h[n, e] + inputs[e] * b
+                value = fast_exp(times[e] * rates[n, e]) * h[n, e] + inputs[e] * b
                 h[n, e] = value
                 total[e] += c * value
         for e in range(width):
@@ -148,7 +108,7 @@ def _scan_gradient(
             for n in range(states):
                 b = B[begin + i, n]
                 for e in range(width):
-                    decays[i, n, e] = _exp(times[e] * rates[n, e])
+                    decays[i, n, e] = fast_exp(times[e] * rates[n, e])
                 for e in range(width):
                     history[i + 1, n, e] = decays[i, n, e] * history[i, n, e] + inputs[e] * b
         for i in range(size - 1, -1, -1):
@@ -194,8 +154,4 @@ def kernels() -> Kernels:
     Raises:
         ImportError: numba is not installed.
     """
-    from numba.extending import overload
-
-    # Only fused multiply-adds are let through: with sums reordered, (x + ROUNDER) - ROUNDER would be x.
-    overload(_exp, jit_options=dict(fastmath={"contract"}))(_exp_of)
     return Kernels(compiled(_scan, {"contract"}), compiled(_scan_gradient, {"contract", "reassoc"}))

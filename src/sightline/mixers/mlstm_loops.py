@@ -1,0 +1,252 @@
+"""The layer of Vision-LSTM on the CPU, without gradients: what lies between its products is loops in machine code,
+which numba compiles (`pip install 'sightline[cpu]'`).
+
+Tensor operations would go over the layer's inner channels some thirty times, and over memory each time. Here a few
+chunks of a sample are taken from the first product to the last while they lie in a processor's cache. Tokens lie
+innermost: every channel of a convolution, of a block of a projection and of a norm is then a vector along the tokens,
+whatever the blocks' size.
+
+Equations and letters as in `sightline.mixers.mlstm`; n tokens in T chunks of c, heads of d channels, blocks of s.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sightline.machine_code import compiled, fast_exp
+
+if TYPE_CHECKING:
+    from sightline.mixers.mlstm import MLSTM
+
+CHUNKS = 8
+"""Chunks that are worked on at once."""
+
+STEEPEST = 40.0
+"""How far M may rise within a chunk for exp(u_s - M_t) to be split in a factor of s and one of t in float32."""
+
+ONE, EPS = np.float32(1), np.float32(1e-6)
+HIGHEST = math.log(np.finfo(np.float32).max) - 8
+"""What the exponent of the normaliser's lower bound is held at: there the output is zero to all digits."""
+
+
+def layer_in_loops(layer: MLSTM, x: Tensor, norm: Callable[[Tensor], Tensor] | None, chunk: int) -> Tensor | None:
+    """The layer's output for tokens.
+
+    Args:
+        layer: with a causal convolution; its weights are float32 on the CPU.
+        x: [B, L, D], float32.
+        norm: if given, x + layer(norm(x)) is computed instead.
+        chunk: c, which divides L.
+
+    Returns:
+        [B, L, D]; None if the input gates rise too steeply for this form.
+    """
+    loops, heads, inner, reverse = kernels(), layer.num_heads, layer.inner, layer.reverse
+    width, scale = inner // heads, (inner // heads) ** -0.5
+    of_c, of_u, bias_gates = layer.gate_maps()
+    # The gates' share of u comes with u.
+    up = torch.cat([layer.proj_up.weight, of_u @ layer.proj_up.weight[:inner]])
+    bias_up = None
+    if layer.proj_up.bias is not None:
+        bias_up = torch.cat([layer.proj_up.bias, of_u @ layer.proj_up.bias[:inner]])[:, None]
+    down, bias_down = layer.proj_down.weight.mT, layer.proj_down.bias
+    parts: list[Any] = [layer.conv, layer.q_proj, layer.k_proj, layer.v_proj]
+    conv, of_query, of_key, of_value = ((part.weight.numpy(), _bias(part, inner).numpy()) for part in parts)
+    finish = (1 + layer.outnorm.weight).numpy(), _bias(layer.outnorm, inner).numpy(), np.float32(layer.outnorm.eps)
+    skip = layer.learnable_skip.numpy()
+    output, steps = torch.empty_like(x), range(0, x.shape[1], CHUNKS * chunk)
+    for sample, done in zip(x, output, strict=True):
+        before = x.new_zeros(inner, conv[0].shape[-1] - 1)
+        memory, normaliser = x.new_zeros(heads, width, width), x.new_zeros(heads, width)
+        maximum = x.new_full((heads,), -math.inf, dtype=torch.float64)
+        for begin in reversed(steps) if reverse else steps:
+            place = slice(begin, begin + CHUNKS * chunk)
+            tokens = sample[place].flip(0) if reverse else sample[place]
+            wide = up @ (tokens if norm is None else norm(tokens)).mT
+            wide = wide if bias_up is None else wide.add_(bias_up)
+            u, z, gates = wide.split([inner, inner, 2 * heads])
+            c, y = torch.empty_like(u), torch.empty_like(u)
+            query, key, value = made = x.new_empty(3, heads, len(tokens) // chunk, width, chunk)
+            loops.convolved(u.numpy(), before.numpy(), *conv, c.numpy())
+            before = u[:, len(tokens) - before.shape[1] :].contiguous()
+            loops.mapped(c.numpy(), *of_query, query.numpy())
+            loops.mapped(c.numpy(), *of_key, key.numpy())
+            loops.mapped(u.numpy(), *of_value, value.numpy())
+
+            gates.addmm_(of_c, c).add_(bias_gates[:, None])
+            started, ends = maximum.clone(), maximum.new_empty(made.shape[1:3])
+            keys, floor, slack = x.new_empty(3, *ends.shape, chunk)
+            rise = loops.gates(gates.numpy(), maximum.numpy(), ends.numpy(), keys.numpy(), floor.numpy(), slack.numpy())
+            if not rise < STEEPEST:
+                return None
+            key.mul_(keys.unsqueeze(2))
+            scores = (query.mT @ key).tril_()
+            states, sums = key @ value.mT, key.sum(-1)
+            loops.carried(
+                started.numpy(), ends.numpy(), states.numpy(), memory.numpy(), sums.numpy(), normaliser.numpy()
+            )
+            total = scores.sum(-1).add_((sums.unsqueeze(2) @ query).squeeze(2)).abs_().mul_(scale)
+            share = scale / torch.maximum(total, floor).add_(slack)
+            mixed = (states.mT @ query).flatten(0, 1).baddbmm_(value.flatten(0, 1), scores.mT.flatten(0, 1))
+            loops.gated(mixed.view_as(value).numpy(), share.numpy(), *finish, skip, c.numpy(), z.numpy(), y.numpy())
+
+            out = y.mT @ down if norm is None else torch.addmm(tokens, y.mT, down)
+            out = out if bias_down is None else out.add_(bias_down)
+            done[place] = out.flip(0) if reverse else out
+    return output
+
+
+def _bias(part: Any, width: int) -> Tensor:
+    """The bias of a layer, zeros where it has none."""
+    bias: Tensor = part.weight.new_zeros(width) if part.bias is None else part.bias
+    return bias
+
+
+def _convolved(u: Any, before: Any, weight: Any, bias: Any, c: Any) -> None:
+    """c = SiLU(conv(u)), causal: u, c [E, n], before [E, k - 1] the tokens ahead, weight [E, 1, k], bias [E]."""
+    channels, tokens = u.shape
+    taps = weight.shape[2]
+    row = np.empty(tokens + taps - 1, np.float32)
+    for e in range(channels):
+        row[: taps - 1] = before[e]
+        row[taps - 1 :] = u[e]
+        of_channel, factor, offset = c[e], weight[e, 0, 0], bias[e]
+        for t in range(tokens):
+            of_channel[t] = offset + factor * row[t]
+        for j in range(1, taps):
+            factor, shifted = weight[e, 0, j], row[j:]
+            for t in range(tokens):
+                of_channel[t] += factor * shifted[t]
+        for t in range(tokens):
+            value = of_channel[t]
+            of_channel[t] = value / (ONE + fast_exp(-value))
+
+
+def _mapped(x: Any, weight: Any, bias: Any, output: Any) -> None:
+    """A map in blocks, by chunk: x [E, n], weight [E / s, s, s], bias [E] -> output [H, T, d, c]."""
+    _, chunks, width, length = output.shape
+    size = weight.shape[1]
+    fours = size - size % 4
+    for e in range(x.shape[0]):
+        row, first, offset = weight[e // size, e % size], e - e % size, bias[e]
+        for chunk in range(chunks):
+            of_channel, begin = output[e // width, chunk, e % width], chunk * length
+            of_channel[:] = offset
+            for i in range(0, fours, 4):
+                w0, w1, w2, w3 = row[i], row[i + 1], row[i + 2], row[i + 3]
+                x0, x1, x2, x3 = x[first + i], x[first + i + 1], x[first + i + 2], x[first + i + 3]
+                for t in range(length):
+                    half = w0 * x0[begin + t] + w1 * x1[begin + t]
+                    of_channel[t] += half + w2 * x2[begin + t] + w3 * x3[begin + t]
+            for i in range(fours, size):
+                factor, values = row[i], x[first + i]
+                for t in range(length):
+                    of_channel[t] += factor * values[begin + t]
+
+
+def _gates(gates: Any, maximum: Any, ends: Any, keys: Any, floor: Any, slack: Any) -> Any:
+    """What follows from the gates [2 H, n], first those of the input.
+
+    `maximum` [H] goes from m before the first token to m after the last, `ends` [H, T] gets M at the end of each chunk;
+    `keys` exp(u_s - M_end), what keys weigh, and `floor` and `slack` the normaliser's lower bound and eps in proportion
+    to it, all [H, T, c]. Returns how far M rises within a chunk at most.
+    """
+    heads, chunks, length = keys.shape
+    gain, top, decay = np.empty(length), np.empty(length), np.empty(length)
+    most = 0.0
+    for head in range(heads):
+        faded, highest = 0.0, maximum[head]
+        for chunk in range(chunks):
+            for t in range(length):
+                forget = float(gates[heads + head, chunk * length + t])
+                faded += min(forget, 0.0) - math.log1p(math.exp(-abs(forget)))
+                decay[t] = faded
+                gain[t] = gates[head, chunk * length + t] - faded
+                highest = max(highest, gain[t])
+                top[t] = highest
+            ends[head, chunk] = highest
+            most = max(most, highest - top[0])
+            for t in range(length):
+                keys[head, chunk, t] = fast_exp(np.float32(gain[t] - highest))
+                floor[head, chunk, t] = fast_exp(np.float32(min(-decay[t] - highest, HIGHEST)))
+                slack[head, chunk, t] = EPS * fast_exp(np.float32(top[t] - highest))
+        maximum[head] = faded + highest
+    return most
+
+
+def _carried(maximum: Any, ends: Any, states: Any, memory: Any, sums: Any, normaliser: Any) -> None:
+    """Puts in the place of what each chunk adds, `states` [H, T, K, V] and `sums` [H, T, K], the state before it,
+    scaled by M at its end, `ends` [H, T]; and takes `memory` [H, K, V] and `normaliser` [H, K] from before the first
+    chunk, where M is `maximum` [H], to after the last."""
+    heads, chunks, width, channels = states.shape
+    for head in range(heads):
+        before = maximum[head]
+        for chunk in range(chunks):
+            left = np.float32(math.exp(before - ends[head, chunk]))
+            before = ends[head, chunk]
+            for k in range(width):
+                added, kept = states[head, chunk, k], memory[head, k]
+                for v in range(channels):
+                    faded = left * kept[v]
+                    kept[v] = faded + added[v]
+                    added[v] = faded
+                faded = left * normaliser[head, k]
+                normaliser[head, k] = faded + sums[head, chunk, k]
+                sums[head, chunk, k] = faded
+
+
+def _gated(mixed: Any, share: Any, weight: Any, bias: Any, eps: Any, skip: Any, c: Any, z: Any, y: Any) -> None:
+    """y = (norm(mixed share) weight + bias + skip c) SiLU(z), the norm over each head's channels of a token: mixed [H,
+    T, d, c], share [H, T, c], the rest [E, n] or [E]."""
+    heads, chunks, width, length = mixed.shape
+    mean, scale = np.empty(length, np.float32), np.empty(length, np.float32)
+    for head in range(heads):
+        for chunk in range(chunks):
+            values, times, begin = mixed[head, chunk], share[head, chunk], chunk * length
+            mean[:] = 0
+            scale[:] = 0
+            for i in range(width):
+                for t in range(length):
+                    mean[t] += values[i, t]
+            for t in range(length):
+                mean[t] /= np.float32(width)
+            for i in range(width):
+                for t in range(length):
+                    scale[t] += (values[i, t] - mean[t]) * (values[i, t] - mean[t])
+            for t in range(length):
+                variance = scale[t] / np.float32(width) * times[t] * times[t]
+                scale[t] = times[t] / np.sqrt(variance + eps)
+            for i in range(width):
+                e = head * width + i
+                by, plus, passed = weight[e], bias[e], skip[e]
+                for t in range(length):
+                    gate = z[e, begin + t] / (ONE + fast_exp(-z[e, begin + t]))
+                    normal = (values[i, t] - mean[t]) * scale[t]
+                    y[e, begin + t] = gate * (by * normal + plus + passed * c[e, begin + t])
+
+
+class Kernels(NamedTuple):
+    """The compiled loops."""
+
+    convolved: Callable[..., None]
+    mapped: Callable[..., None]
+    gates: Callable[..., float]
+    carried: Callable[..., None]
+    gated: Callable[..., None]
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The compiled loops.
+
+    Raises:
+        ImportError: numba is not installed.
+    """
+    return Kernels(*(compiled(loops, {"contract"}) for loops in (_convolved, _mapped, _gates, _carried, _gated)))
