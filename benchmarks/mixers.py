@@ -37,7 +37,7 @@ SIDES, PATCH = (224, 512, 1024, 1248), 16
 HEADS, HEAD, KEYS = 3, 64, 32
 CHANNELS, STATES = 384, 16
 BASELINE = "attention (SDPA)"
-TARGETED = ("retention", "gated linear attention")
+TARGETED = ("retention", "gated linear attention", "mLSTM")
 LEAST = {1024: 5.0, 1248: 4.0}
 MOST_SLOPE, SLOPE_FROM = 1.1, 1024
 
