@@ -54,12 +54,29 @@ def _exp_of(x: Any) -> Callable[[Any], Any]:
     return exp
 
 
+def array_at(address: Any, shape: Any) -> Any:
+    """The float32 numbers at an address as an array, inside compiled loops; `shape` is a number or a tuple of them."""
+    raise NotImplementedError("only inside compiled code")
+
+
+def _array_of(address: Any, shape: Any) -> Callable[..., Any]:
+    """What `array_at` is."""
+    from numba.np.numpy_support import carray
+
+    def array(address: Any, shape: Any) -> Any:
+        return carray(address, shape, np.float32)
+
+    return array
+
+
 @functools.cache
-def _know_exp() -> None:
+def _know_names() -> None:
+    """Makes what only compiled loops can call known to the compiler."""
     from numba.extending import overload
 
     # Only fused multiply-adds are let through: with sums reordered, (x + ROUNDER) - ROUNDER would be x.
     overload(fast_exp, jit_options=dict(fastmath={"contract"}))(_exp_of)
+    overload(array_at)(_array_of)
 
 
 @functools.cache
@@ -93,7 +110,6 @@ def compiled(loops: Callable[..., Any], fastmath: Set[str]) -> Callable[..., Any
     """
     from numba import njit
 
-    _know_exp()
     return _kept(njit, loops, fastmath)
 
 
@@ -101,7 +117,7 @@ def called_with_addresses(loops: Callable[..., Any], signature: str, fastmath: S
     """The function in machine code, for calls that are to take no more than a microsecond.
 
     Args:
-        loops: a function of addresses, of which it makes arrays by numba's `carray`, and numbers.
+        loops: a function of addresses, of which it makes arrays by `array_at`, and numbers.
         signature: the types of its arguments, in numba's words.
         fastmath: as for `compiled`.
 
@@ -118,6 +134,8 @@ def called_with_addresses(loops: Callable[..., Any], signature: str, fastmath: S
 
 
 def _kept(compiler: Callable[..., Any], loops: Callable[..., Any], fastmath: Set[str]) -> Any:
+    # What is kept is compiled anew when the file of `loops` changes, but not for a change in this one.
+    _know_names()
     options: dict[str, Any] = dict(nogil=True, fastmath=set(fastmath), error_model="numpy")
     try:
         return compiler(cache=True, **options)(loops)

@@ -17,10 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.machine_code import called_with_addresses
-
-carray: Any = None
-"""numba's, from when the loops are compiled on, which look it up here: to import numba takes long."""
+from sightline.machine_code import array_at, called_with_addresses
 
 
 def boosted(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, scaling: float) -> Tensor:
@@ -62,11 +59,11 @@ def _boosted(
     width: int,
     scaling: float,
 ) -> None:
-    query = carray(query_at, (heads, width), np.float32)
-    key = carray(key_at, (groups, keys, width), np.float32)
-    value = carray(value_at, (groups, keys, width), np.float32)
-    factors = carray(factors_at, keys, np.float32)
-    output = carray(output_at, (heads, width), np.float32)
+    query = array_at(query_at, (heads, width))
+    key = array_at(key_at, (groups, keys, width))
+    value = array_at(value_at, (groups, keys, width))
+    factors = array_at(factors_at, keys)
+    output = array_at(output_at, (heads, width))
     weights = np.empty(keys, np.float32)
     for h in range(heads):
         q, k, v, of_head = query[h], key[h // (heads // groups)], value[h // (heads // groups)], output[h]
@@ -91,8 +88,8 @@ def _boosted(
 
 
 def _tilted(m_at: Any, v_at: Any, output_at: Any, width: int, strength: Any, unit: bool) -> None:
-    m, v = carray(m_at, width, np.float32), carray(v_at, width, np.float32)
-    output = carray(output_at, width, np.float32)
+    m, v = array_at(m_at, width), array_at(v_at, width)
+    output = array_at(output_at, width)
     square, along = np.float32(0), np.float32(0)
     for i in range(width):
         square += m[i] * m[i]
@@ -124,9 +121,6 @@ def loops() -> Loops:
     Raises:
         ImportError: numba is not installed.
     """
-    global carray
-    from numba.np.numpy_support import carray
-
     # Sums may be reordered, or they could not be vectors; infinities and NaN keep their meaning.
     liberties = {"contract", "reassoc", "nsz"}
     boosted_as = "void(voidptr, voidptr, voidptr, voidptr, voidptr, intp, intp, intp, intp, float32)"

@@ -48,65 +48,112 @@ def layer_in_loops(layer: MLSTM, x: Tensor, norm: Callable[[Tensor], Tensor] | N
     Returns:
         [B, L, D]; None if the input gates rise too steeply for this form.
     """
-    loops, heads, inner, reverse = kernels(), layer.num_heads, layer.inner, layer.reverse
-    width, scale = inner // heads, (inner // heads) ** -0.5
-    of_c, of_u, bias_gates = layer.gate_maps()
-    # The gates' share of u comes with u.
-    up = torch.cat([layer.proj_up.weight, of_u @ layer.proj_up.weight[:inner]])
-    bias_up = None
-    if layer.proj_up.bias is not None:
-        bias_up = torch.cat([layer.proj_up.bias, of_u @ layer.proj_up.bias[:inner]])[:, None]
-    down, bias_down = layer.proj_down.weight.mT, layer.proj_down.bias
-    parts: list[Any] = [layer.conv, layer.q_proj, layer.k_proj, layer.v_proj]
-    conv, of_query, of_key, of_value = ((part.weight.numpy(), _bias(part, inner).numpy()) for part in parts)
-    finish = (1 + layer.outnorm.weight).numpy(), _bias(layer.outnorm, inner).numpy(), np.float32(layer.outnorm.eps)
-    skip = layer.learnable_skip.numpy()
-    output, steps = torch.empty_like(x), range(0, x.shape[1], CHUNKS * chunk)
+    weights, output = _weights(layer), torch.empty_like(x)
+    starts = range(0, x.shape[1], CHUNKS * chunk)
     for sample, done in zip(x, output, strict=True):
-        before = x.new_zeros(inner, conv[0].shape[-1] - 1)
-        memory, normaliser = x.new_zeros(heads, width, width), x.new_zeros(heads, width)
-        maximum = x.new_full((heads,), -math.inf, dtype=torch.float64)
-        for begin in reversed(steps) if reverse else steps:
-            place = slice(begin, begin + CHUNKS * chunk)
-            tokens = sample[place].flip(0) if reverse else sample[place]
-            wide = up @ (tokens if norm is None else norm(tokens)).mT
-            wide = wide if bias_up is None else wide.add_(bias_up)
-            u, z, gates = wide.split([inner, inner, 2 * heads])
-            c, y = torch.empty_like(u), torch.empty_like(u)
-            query, key, value = made = x.new_empty(3, heads, len(tokens) // chunk, width, chunk)
-            loops.convolved(u.numpy(), before.numpy(), *conv, c.numpy())
-            before = u[:, len(tokens) - before.shape[1] :].contiguous()
-            loops.mapped(c.numpy(), *of_query, query.numpy())
-            loops.mapped(c.numpy(), *of_key, key.numpy())
-            loops.mapped(u.numpy(), *of_value, value.numpy())
-
-            gates.addmm_(of_c, c).add_(bias_gates[:, None])
-            started, ends = maximum.clone(), maximum.new_empty(made.shape[1:3])
-            keys, floor, slack = x.new_empty(3, *ends.shape, chunk)
-            rise = loops.gates(gates.numpy(), maximum.numpy(), ends.numpy(), keys.numpy(), floor.numpy(), slack.numpy())
-            if not rise < STEEPEST:
+        state = _State(layer, x)
+        for start in reversed(starts) if layer.reverse else starts:
+            place = slice(start, start + CHUNKS * chunk)
+            tokens = sample[place].flip(0) if layer.reverse else sample[place]
+            y = _inner(weights, tokens if norm is None else norm(tokens), state, chunk)
+            if y is None:
                 return None
-            key.mul_(keys.unsqueeze(2))
-            scores = (query.mT @ key).tril_()
-            states, sums = key @ value.mT, key.sum(-1)
-            loops.carried(
-                started.numpy(), ends.numpy(), states.numpy(), memory.numpy(), sums.numpy(), normaliser.numpy()
-            )
-            total = scores.sum(-1).add_((sums.unsqueeze(2) @ query).squeeze(2)).abs_().mul_(scale)
-            share = scale / torch.maximum(total, floor).add_(slack)
-            mixed = (states.mT @ query).flatten(0, 1).baddbmm_(value.flatten(0, 1), scores.mT.flatten(0, 1))
-            loops.gated(mixed.view_as(value).numpy(), share.numpy(), *finish, skip, c.numpy(), z.numpy(), y.numpy())
-
-            out = y.mT @ down if norm is None else torch.addmm(tokens, y.mT, down)
-            out = out if bias_down is None else out.add_(bias_down)
-            done[place] = out.flip(0) if reverse else out
+            out = y.mT @ weights.down if norm is None else torch.addmm(tokens, y.mT, weights.down)
+            out = out if weights.down_bias is None else out.add_(weights.down_bias)
+            done[place] = out.flip(0) if layer.reverse else out
     return output
 
 
-def _bias(part: Any, width: int) -> Tensor:
-    """The bias of a layer, zeros where it has none."""
-    bias: Tensor = part.weight.new_zeros(width) if part.bias is None else part.bias
-    return bias
+class _Weights(NamedTuple):
+    """A layer's weights as the products and the loops take them."""
+
+    up: Tensor
+    """[2 E + 2 H, D], to u, z and u's share of the gates."""
+    up_bias: Tensor | None
+    """[2 E + 2 H, 1]"""
+    conv: tuple[Any, Any]
+    """Weight [E, 1, k] and bias [E], as arrays."""
+    maps: list[tuple[Any, Any]]
+    """Of query, key and value, weight [E / s, s, s] and bias [E], as arrays."""
+    of_c: Tensor
+    """[2 H, E], to c's share of the gates."""
+    gate_bias: Tensor
+    """[2 H, 1]"""
+    finish: tuple[Any, ...]
+    """The norm's weight and bias, [E], and eps, and the weight of c, [E], as arrays."""
+    down: Tensor
+    """[E, D]"""
+    down_bias: Tensor | None
+    """[D]"""
+
+
+def _weights(layer: MLSTM) -> _Weights:
+    def with_bias(part: Any) -> tuple[Any, Any]:
+        bias = part.weight.new_zeros(layer.inner) if part.bias is None else part.bias
+        return part.weight.numpy(), bias.numpy()
+
+    of_c, of_u, gate_bias = layer.gate_maps()
+    up, up_bias, down = layer.proj_up.weight, layer.proj_up.bias, layer.proj_down
+    _, norm_bias = with_bias(layer.outnorm)
+    return _Weights(
+        torch.cat([up, of_u @ up[: layer.inner]]),
+        None if up_bias is None else torch.cat([up_bias, of_u @ up_bias[: layer.inner]])[:, None],
+        with_bias(layer.conv),
+        [with_bias(part) for part in (layer.q_proj, layer.k_proj, layer.v_proj)],
+        of_c,
+        gate_bias[:, None],
+        ((1 + layer.outnorm.weight).numpy(), norm_bias, np.float32(layer.outnorm.eps), layer.learnable_skip.numpy()),
+        down.weight.mT,
+        down.bias,
+    )
+
+
+class _State:
+    """What a sample's tokens so far have left: nothing at first."""
+
+    def __init__(self, layer: MLSTM, like: Tensor) -> None:
+        heads, width = layer.num_heads, layer.inner // layer.num_heads
+        conv: Any = layer.conv
+        self.before = like.new_zeros(layer.inner, conv.kernel_size[0] - 1)
+        """The last inputs of the convolution."""
+        self.memory = like.new_zeros(heads, width, width)
+        """C exp(-m)"""
+        self.normaliser = like.new_zeros(heads, width)
+        """n exp(-m)"""
+        self.maximum = like.new_full((heads,), -math.inf, dtype=torch.float64)
+        """m"""
+
+
+def _inner(weights: _Weights, tokens: Tensor, state: _State, chunk: int) -> Tensor | None:
+    """A few chunks of tokens, [n, D], up to the last product, [E, n]; None where the gates rise too steeply."""
+    loops, heads = kernels(), len(state.maximum)
+    inner, width = len(state.before), state.memory.shape[-1]
+    scale = width**-0.5
+    wide = weights.up @ tokens.mT
+    wide = wide if weights.up_bias is None else wide.add_(weights.up_bias)
+    u, z, gates = wide.split([inner, inner, 2 * heads])
+    c, y = torch.empty_like(u), torch.empty_like(u)
+    loops.convolved(u.numpy(), state.before.numpy(), *weights.conv, c.numpy())
+    state.before = u[:, len(tokens) - state.before.shape[1] :].contiguous()
+    query, key, value = made = u.new_empty(3, heads, len(tokens) // chunk, width, chunk)
+    for part, of_part, mapped in zip((c, c, u), weights.maps, made, strict=True):
+        loops.mapped(part.numpy(), *of_part, mapped.numpy())
+
+    gates.addmm_(weights.of_c, c).add_(weights.gate_bias)
+    started, ends = state.maximum.numpy().copy(), np.empty(made.shape[1:3])
+    keys, floor, slack = u.new_empty(3, *ends.shape, chunk)
+    rise = loops.gates(gates.numpy(), state.maximum.numpy(), ends, keys.numpy(), floor.numpy(), slack.numpy())
+    if not rise < STEEPEST:
+        return None
+    key.mul_(keys.unsqueeze(2))
+    scores = (query.mT @ key).tril_()
+    states, sums = key @ value.mT, key.sum(-1)
+    loops.carried(started, ends, states.numpy(), state.memory.numpy(), sums.numpy(), state.normaliser.numpy())
+    mixed = (states.mT @ query).flatten(0, 1).baddbmm_(value.flatten(0, 1), scores.mT.flatten(0, 1))
+    total = scores.sum(-1).add_((sums.unsqueeze(2) @ query).squeeze(2)).abs_().mul_(scale)
+    share = scale / torch.maximum(total, floor).add_(slack)
+    loops.gated(mixed.view_as(value).numpy(), share.numpy(), *weights.finish, c.numpy(), z.numpy(), y.numpy())
+    return y
 
 
 def _convolved(u: Any, before: Any, weight: Any, bias: Any, c: Any) -> None:
