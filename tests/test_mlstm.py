@@ -385,6 +385,32 @@ def test_gates_too_steep_for_machine_code_go_the_other_way(monkeypatch: pytest.M
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
+class Doubled(nn.Linear):
+    """Stands for an adapter: what it gives does not follow from its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@torch.no_grad()
+def test_hooks_and_adapters_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, norm, x = filled(MLSTM(16)), OffsetNorm(16), torch.randn(1, 64, 16)
+    stock, came = layer.residual(x, norm), spied(monkeypatch)
+    heard: list[str] = []
+    for name, part in {"norm": norm, "layer": layer, **dict(layer.named_children())}.items():
+        handle = part.register_forward_hook(lambda *args, name=name: heard.append(name))
+        torch.testing.assert_close(layer.residual(x, norm), stock, rtol=0, atol=1e-5 * float(stock.abs().max()))
+        handle.remove()
+    # The gates' own modules are never called: their maps are joined with those of the projections before them.
+    assert heard == ["norm", "layer", "proj_up", "conv", "outnorm", "proj_down"]
+    came.clear()
+    adapted = Doubled(16, 64, bias=False)
+    adapted.weight = layer.proj_up.weight
+    layer.proj_up = adapted
+    assert not torch.allclose(layer.residual(x, norm), stock, rtol=0.01)
+    assert not came
+
+
 def test_where_machine_code_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = filled(MLSTM(16)), torch.randn(1, 64, 16)
     grid, came = filled(MLSTM(16, conv="grid")), spied(monkeypatch)

@@ -18,7 +18,7 @@ B batch, H heads, L tokens, K and V the widths of keys and values, E inner width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
@@ -400,12 +400,12 @@ class MLSTM(CausalMixer):
         out = self.finish(mixed.transpose(1, 2).flatten(2), c, z)
         return out.flip(1) if self.reverse else out
 
-    def residual(self, x: Tensor, norm: Callable[[Tensor], Tensor], grid: tuple[int, ...] = ()) -> Tensor:
+    def residual(self, x: Tensor, norm: nn.Module, grid: tuple[int, ...] = ()) -> Tensor:
         """x + layer(norm(x))."""
-        done = self._in_loops(x, norm)
+        done = self._in_loops(x, norm) if _bare(norm, type(norm)) and _bare(self, MLSTM) else None
         return x + self(norm(x), grid) if done is None else done
 
-    def _in_loops(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+    def _in_loops(self, x: Tensor, norm: nn.Module | None = None) -> Tensor | None:
         """`forward`, or with a norm `residual`, in machine code, where that can be."""
         chunk = _fitting(x.shape[1], LOOP_CHUNK)
         fits = (
@@ -415,6 +415,7 @@ class MLSTM(CausalMixer):
             and in_loops(x, self.proj_up.weight)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
+            and all(_bare(part, _OWN[name]) for name, part in self.named_children())
         )
         return layer_in_loops(self, x, norm, chunk) if fits else None
 
@@ -472,3 +473,18 @@ class MLSTM(CausalMixer):
         head, chunk = self.inner // self.num_heads, _fitting(length)
         a_channel = 3 * self.q_proj.weight.shape[-1] + 4 * self.num_heads + 2 * chunk + 2 * head
         return batch * length * self.inner * a_channel
+
+
+_OWN: Mapping[str, type[nn.Module]] = {
+    **dict.fromkeys(("proj_up", "proj_down", "igate", "fgate"), nn.Linear),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), BlockLinear),
+    "conv": _TokenConv,
+    "outnorm": OffsetNorm,
+}
+"""The parts of a layer in machine code."""
+
+
+def _bare(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's weights are all there is to it: nobody has put another in its place (an adapter, say), or
+    hooks on it."""
+    return type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sightline.machine_code import compiled, fast_exp
 
@@ -36,7 +36,7 @@ HIGHEST = math.log(np.finfo(np.float32).max) - 8
 """What the exponent of the normaliser's lower bound is held at: there the output is zero to all digits."""
 
 
-def layer_in_loops(layer: MLSTM, x: Tensor, norm: Callable[[Tensor], Tensor] | None, chunk: int) -> Tensor | None:
+def layer_in_loops(layer: MLSTM, x: Tensor, norm: nn.Module | None, chunk: int) -> Tensor | None:
     """The layer's output for tokens.
 
     Args:
