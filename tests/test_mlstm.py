@@ -353,6 +353,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return done
 
     monkeypatch.setattr(module, "layer_in_loops", spy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return came
 
 
@@ -421,8 +422,11 @@ def test_where_machine_code_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         with torch.autocast("cpu", dtype=torch.bfloat16):
             layer(x)
         layer.double()(x.double())
-        monkeypatch.setattr(machine_code, "has_numba", lambda: False)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
         layer.float()(x)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        monkeypatch.setattr(machine_code, "has_numba", lambda: False)
+        layer(x)
     assert not came
 
 

@@ -39,6 +39,9 @@ CHUNK = 48
 LOOP_CHUNK = 64
 """The same for a layer in machine code."""
 
+LOOP_THREADS = 4
+"""Up to so many threads the loops, which one runs, are faster than tensor operations that all share."""
+
 _STRETCH = 16
 """Chunks that are worked on at once, so few that what they need stays in a processor's cache."""
 
@@ -415,6 +418,7 @@ class MLSTM(CausalMixer):
             and in_loops(x, self.proj_up.weight)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
+            and torch.get_num_threads() <= LOOP_THREADS
             and all(_bare(part, _OWN[name]) for name, part in self.named_children())
         )
         return layer_in_loops(self, x, norm, chunk) if fits else None
