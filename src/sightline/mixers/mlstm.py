@@ -40,7 +40,8 @@ LOOP_CHUNK = 64
 """The same for a layer in machine code."""
 
 LOOP_THREADS = 4
-"""Up to so many threads the loops, which one runs, are faster than tensor operations that all share."""
+"""Up to so many threads the loops, which one of them runs, take the place of tensor operations, which all share: 1.7
+times as fast on one thread and 1.5 times on two, they would be overtaken on about eight."""
 
 _STRETCH = 16
 """Chunks that are worked on at once, so few that what they need stays in a processor's cache."""
