@@ -25,7 +25,7 @@ from sightline.machine_code import compiled, fast_exp
 if TYPE_CHECKING:
     from sightline.mixers.mlstm import MLSTM
 
-CHUNKS = 8
+CHUNKS = 4
 """Chunks that are worked on at once."""
 
 STEEPEST = 40.0
