@@ -353,6 +353,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return done
 
     monkeypatch.setattr(module, "layer_in_loops", spy)
+    monkeypatch.setattr(module, "LOOP_NUMBERS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return came
 
@@ -422,8 +423,13 @@ def test_where_machine_code_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         with torch.autocast("cpu", dtype=torch.bfloat16):
             layer(x)
         layer.double()(x.double())
+        layer.float().register_module("added", nn.Identity())
+        layer(x)
+        del layer.added
+        monkeypatch.setattr(module, "LOOP_NUMBERS", 1 << 14)
+        layer(x.expand(2, -1, -1))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-        layer.float()(x)
+        layer(x)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         monkeypatch.setattr(machine_code, "has_numba", lambda: False)
         layer(x)

@@ -191,6 +191,7 @@ def _one_token(attending: Attending) -> bool:
         and not attending.shows_weights
         and attending.options.get("softcap") is None
         and attending.key.numel() <= LARGEST_CACHE
+        and attending.value.shape == attending.key.shape
         and in_loops(attending.query, attending.key, attending.value)
     )
 

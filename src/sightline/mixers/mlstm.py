@@ -43,6 +43,10 @@ LOOP_THREADS = 4
 """Up to so many threads the loops, which one of them runs, take the place of tensor operations, which all share: 1.7
 times as fast on one thread and 1.5 times on two, they would be overtaken on about eight."""
 
+LOOP_NUMBERS = 1 << 14
+"""Of several samples, how many numbers u of each has to have for the loops, which take one after the other, to be
+faster than tensor operations, which take them together."""
+
 _STRETCH = 16
 """Chunks that are worked on at once, so few that what they need stays in a processor's cache."""
 
@@ -406,7 +410,7 @@ class MLSTM(CausalMixer):
 
     def residual(self, x: Tensor, norm: nn.Module, grid: tuple[int, ...] = ()) -> Tensor:
         """x + layer(norm(x))."""
-        done = self._in_loops(x, norm) if _bare(norm, type(norm)) and _bare(self, MLSTM) else None
+        done = self._in_loops(x, norm) if _bare(norm, OffsetNorm) and _bare(self, MLSTM) else None
         return x + self(norm(x), grid) if done is None else done
 
     def _in_loops(self, x: Tensor, norm: nn.Module | None = None) -> Tensor | None:
@@ -416,11 +420,13 @@ class MLSTM(CausalMixer):
             not torch.is_grad_enabled()
             and isinstance(self.conv, _TokenConv)
             and x.shape[1] % chunk == 0
+            and (len(x) == 1 or x.shape[1] * self.inner >= LOOP_NUMBERS)
             and in_loops(x, self.proj_up.weight)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and torch.get_num_threads() <= LOOP_THREADS
-            and all(_bare(part, _OWN[name]) for name, part in self.named_children())
+            and type(self) is MLSTM
+            and all(_bare(part, _OWN.get(name)) for name, part in self.named_children())
         )
         return layer_in_loops(self, x, norm, chunk) if fits else None
 
@@ -489,7 +495,7 @@ _OWN: Mapping[str, type[nn.Module]] = {
 """The parts of a layer in machine code."""
 
 
-def _bare(part: nn.Module, kind: type[nn.Module]) -> bool:
+def _bare(part: nn.Module, kind: type[nn.Module] | None) -> bool:
     """Whether a module's weights are all there is to it: nobody has put another in its place (an adapter, say), or
     hooks on it."""
     return type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sightline.machine_code import compiled, fast_exp
+from sightline.machine_code import ONE, compiled, fast_exp
 
 if TYPE_CHECKING:
     from sightline.mixers.mlstm import MLSTM
@@ -31,7 +31,7 @@ CHUNKS = 4
 STEEPEST = 40.0
 """How far M may rise within a chunk for exp(u_s - M_t) to be split in a factor of s and one of t in float32."""
 
-ONE, EPS = np.float32(1), np.float32(1e-6)
+EPS = np.float32(1e-6)
 HIGHEST = math.log(np.finfo(np.float32).max) - 8
 """What the exponent of the normaliser's lower bound is held at: there the output is zero to all digits."""
 
