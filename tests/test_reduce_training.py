@@ -484,6 +484,19 @@ def test_methods_across_pictures_learn_on_films(checkpoint: Path, tmp_path: Path
     assert {"order", "flash"} & set(line["validation"])
 
 
+def test_methods_across_pictures_learn_on_single_pictures(
+    checkpoint: Path, tmp_path: Path, loaded: tuple[Any, Any]
+) -> None:
+    recipe = recipe_of(checkpoint, "videollm_mod:r=0.1", steps=1, frames=1)
+    rows, other = (Steps(one, loaded[1].tokenizer)[0] for one in (recipe, replace(recipe, method="pooled")))
+    assert all(torch.equal(rows.tensors[name], tensor) for name, tensor in other.tensors.items())
+    final = train(recipe, tmp_path, **QUICK)
+    first, last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "without" in first
+    assert "colour" in last["validation"]
+    assert load_file(final / "reducer.safetensors").keys() == {"0.score.weight", "1.score.weight"}
+
+
 def test_a_method_without_weights_trains_the_decoder(checkpoint: Path, tmp_path: Path) -> None:
     final = train(recipe_of(checkpoint, "v2pe:random=true", steps=1), tmp_path, **QUICK)
     assert not (final / "reducer.safetensors").exists()
@@ -518,7 +531,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
         ("pooled", {"steps": 0}, "steps must be 1 or more, not 0"),
         ("pooled", {"batch": 0}, "batch must be 1 or more, not 0"),
         ("pooled", {"text_only_every": -1}, "text_only_every must be 0 or more, not -1"),
-        ("mean_frame", {"frames": 4}, r"frames must lie in \[16, 2048\], not 4"),
+        ("mean_frame", {"frames": 4}, r"frames must be 1, for pictures, or lie in \[16, 2048\], not 4"),
         ("v2pe", {"train_decoder": False}, "v2pe has no weights of its own: without the decoder"),
     ],
 )

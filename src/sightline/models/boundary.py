@@ -158,7 +158,8 @@ class Boundary:
         inputs |= inputs.pop("kwargs", {})
         deepstack = getattr(output, "deepstack_features", None) or []
         read = {name: torch.cat(parts) for name, parts in self._read.items()}
-        return Encoded(inputs, _flat(output.pooler_output), [_flat(one) for one in deepstack], read), output
+        pooled = output.pooler_output
+        return Encoded(inputs, _flat(pooled), [_flat(one) for one in deepstack], read, pooled), output
 
     def encode_changed(self, call: Call, change: Callable[[Tensor, int], Tensor], *, normalised: bool) -> Encoded:
         """The call's pictures after `change(picture, index of the image)`, encoded again (see
@@ -181,14 +182,14 @@ class Boundary:
             raise InputError(
                 "with methods attached the model needs input_ids: inputs_embeds do not show what is visual"
             )
-        visual = self.anatomy.visual_positions(ids)
-        if bool(visual.any()):
+        host_ids = ids.cpu()
+        if bool(self.anatomy.visual_positions(host_ids).any()):
             mask = kwargs.get("attention_mask")
-            _check_prompt(mask, cache, packed=kwargs.get("use_cache") is False)
+            flat = _checked_mask(mask, cache, packed=kwargs.get("use_cache") is False)
             given = encoded.get("image")
             if given is None:
                 self._encoded = None  # the pictures are encoded inside this forward
-            self._begins = functools.partial(self._begin, ids, visual, mask, given, uncached=cache is None)
+            self._begins = functools.partial(self._begin, ids, host_ids, flat, given, uncached=cache is None)
             return None
         for method in self.methods:
             if method.needs_picture:
@@ -221,25 +222,30 @@ class Boundary:
             return None if mask is None else (args, {**kwargs, "attention_mask": mask})
         return None
 
-    def _begin(self, ids: Tensor, visual: Tensor, mask: Tensor | None, given: Any, *, uncached: bool) -> Call:
+    def _begin(
+        self, ids: Tensor, host_ids: Tensor, masks: tuple[Tensor, Tensor] | None, given: Any, *, uncached: bool
+    ) -> Call:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
-        flat = mask if mask is None or mask.ndim == 2 else None
-        _check_room(self.anatomy, visual, flat)
-        call = Call(self, ids, visual, flat, self._encoded, prompt_length=self.prompt_length or ids.shape[1])
+        mask, host_mask = masks or (None, None)
+        _check_room(self.anatomy, self.anatomy.visual_positions(host_ids), host_mask)
+        length = self.prompt_length or ids.shape[1]
+        call = Call(self, ids, host_ids, mask, self._encoded, prompt_length=length)
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
-        if int(visual.sum()) != len(features):
+        if call.visual_count != len(features):
             raise InputError(
-                f"the prompt has {int(visual.sum())} visual tokens, but the pictures encoded in this context have "
+                f"the prompt has {call.visual_count} visual tokens, but the pictures encoded in this context have "
                 f"{len(self._encoded.features)}; encode the pictures and generate inside the same context, and read "
                 "the prompt in one piece (without prefill_chunk_size)"
             )
-        if given is not None and not torch.equal(_flat(given.pooler_output), features):
+        if not (given is None or given.pooler_output is self._encoded.output) and not torch.equal(
+            _flat(given.pooler_output), features
+        ):
             raise InputError(
                 "the encoded pictures are not those that were encoded last in this context: encode them again"
             )
         before = self.last_call
-        if uncached and before is not None and before.encoded is self._encoded and _goes_on(before, ids):
+        if uncached and before is not None and before.encoded is self._encoded and _goes_on(before, host_ids):
             call.memory, call.prompt_length = before.memory, before.prompt_length
         return call
 
@@ -313,7 +319,7 @@ class Boundary:
             # What only some views have is hidden from the others when the masks are stacked.
             anywhere = torch.stack([view.real for view in views]).any(dim=0) if square else views[0].real
             mask = gather_mask(mask, shortened[0][1], anywhere)
-            call.keep, call.kept = keeps[0], _kept(call, keeps[0])
+            call.keep = keeps[0]
         call.prompt = (views[0], mask)
         for index, stream in enumerate(call.streams, start=1):
             if stream.without_picture:
@@ -337,7 +343,8 @@ class Boundary:
         lasting = 1 + sum(not stream.transient for stream in call.streams)
         call.real = [view.real for view in views[:lasting]]
         call.rows_real = torch.cat([view.real for view in views])
-        call.padded = not all(bool(real.all()) for real in call.real)
+        whole = torch.stack([view.real.all() for view in views]).tolist()
+        call.padded, call.rows_padded = not all(whole[:lasting]), not all(whole)
         call.shift = torch.cat([call.last_position - view.positions[..., -1:] for view in views[:lasting]], dim=-2)
         for method in self.methods:
             method.before_prompt(call)
@@ -516,19 +523,24 @@ def _given_again() -> InputError:
     )
 
 
-def _check_prompt(mask: Any, cache: Any, *, packed: bool) -> None:
+def _checked_mask(mask: Any, cache: Any, *, packed: bool) -> tuple[Tensor, Tensor] | None:
+    """The prompt's 2-D mask, and the same on the CPU; None where there is none."""
     if cache is not None and getattr(cache, "is_compileable", False):
         raise InputError(
             "with methods attached generation needs the dynamic cache, not a static one: leave cache_implementation out"
         )
     if packed and isinstance(mask, Tensor) and mask.ndim == 4:
-        return  # without a cache, as in training, rows may hold several questions
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return None  # without a cache, as in training, rows may hold several questions
+    if mask is None:
+        return None
+    if not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise InputError("with methods attached, give the ordinary attention_mask of shape [rows, length]")
-    if mask is not None and bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
+    host = mask.cpu()
+    if bool(((host[:, -1] == 0) & (host != 0).any(dim=1)).any()):
         raise InputError(
             "pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column"
         )
+    return mask, host
 
 
 def _check_room(anatomy: Anatomy, visual: Tensor, mask: Tensor | None) -> None:
@@ -553,27 +565,14 @@ def _cut_mask(call: Call, mask: Tensor | None, new: int) -> Tensor | None:
     return torch.cat([real, later], dim=1)
 
 
-def _goes_on(before: Call, ids: Tensor) -> bool:
+def _goes_on(before: Call, host_ids: Tensor) -> bool:
     """Whether these ids are those of the earlier call with something added (a step of a generation without a cache)."""
     length = before.prompt_length
     return (
-        ids.shape[1] > before.input_ids.shape[1]
-        and len(ids) == before.rows
-        and torch.equal(ids[:, :length], before.input_ids[:, :length])
+        host_ids.shape[1] > before.host_ids.shape[1]
+        and len(host_ids) == before.rows
+        and torch.equal(host_ids[:, :length], before.host_ids[:, :length])
     )
-
-
-def _kept(call: Call, keep: Tensor) -> list[list[Tensor]]:
-    """By row and image, the indices of the visual tokens that stay."""
-    rows: list[list[Tensor]] = []
-    start = 0
-    for images in call.images:
-        for _ in range(call.beams):
-            rows.append([])
-            for first, last in images:
-                rows[-1].append(keep[start : start + last - first].nonzero()[:, 0])
-                start += last - first
-    return rows
 
 
 def _flat(features: Any) -> Tensor:

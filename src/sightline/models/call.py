@@ -31,6 +31,8 @@ class Encoded:
     readings: dict[str, Tensor] = field(default_factory=dict)
     """What methods asked to have read off the tower (`Method.readings`), by name, each [pictures, patches] or
     [pictures, patches, d]."""
+    output: Any = None
+    """The features as the model itself gave them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Call:
 
     boundary: Boundary
     input_ids: Tensor
-    visual: Tensor
-    """bool [B, S]"""
+    host_ids: Tensor
+    """The same on the CPU: what is counted on a GPU waits for all that was launched there before."""
     mask: Tensor | None
     """The prompt's 2-D mask [B, S], or None where nothing is padded."""
     encoded: Encoded
@@ -113,9 +115,10 @@ class Call:
     """int [B, T]: for each column of the prompt that the decoder read, which of the caller's it was; -1: none."""
     rows_real: Tensor | None = None
     """bool [R, T]: as `real`, for the main rows and those of every stream."""
+    rows_padded: bool = False
+    """Whether `rows_real` hides anything."""
     layer_tokens: list[int] | None = None
     """How many of the prompt's columns each decoder layer reads, where methods narrow some; None: all read T."""
-    kept: list[list[Tensor]] | None = None
     hidden: list[Tensor] = field(default_factory=list)
     """Final hidden state [B, D] at the last position of each stream that was just read, in the order of `streams`."""
     prompt: tuple[View, Any] | None = None
@@ -132,20 +135,30 @@ class Call:
         return len(self.input_ids)
 
     @functools.cached_property
+    def visual(self) -> Tensor:
+        """bool [B, S]"""
+        return self.boundary.anatomy.visual_positions(self.input_ids)
+
+    @functools.cached_property
+    def visual_count(self) -> int:
+        """Visual tokens of all rows."""
+        return int(self.boundary.anatomy.visual_positions(self.host_ids).sum())
+
+    @functools.cached_property
     def beams(self) -> int:
         """How many rows were made of each row that was encoded."""
-        return max(1, int(self.visual.sum()) // max(1, len(self.encoded.features)))
+        return max(1, self.visual_count // max(1, len(self.encoded.features)))
 
     @functools.cached_property
     def bare(self) -> Tensor | None:
         """bool [B]: rows without a picture, which methods leave as the stock model has them; None if all have one."""
-        bare = ~self.visual.any(dim=1)
-        return bare if bool(bare.any()) else None
+        bare = ~self.boundary.anatomy.visual_positions(self.host_ids).any(dim=1)
+        return bare.to(self.input_ids.device) if bool(bare.any()) else None
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What the encoder got, with the input ids of its rows."""
-        return {**self.encoded.inputs, "input_ids": self.input_ids[:: self.beams]}
+        """What the encoder got, with the input ids of its rows, on the CPU."""
+        return {**self.encoded.inputs, "input_ids": self.host_ids[:: self.beams]}
 
     @functools.cached_property
     def images(self) -> list[list[tuple[int, int]]]:
@@ -156,6 +169,21 @@ class Call:
         for length, row in zip(anatomy.tokens_per_image(self.inputs), anatomy.image_indices(self.inputs), strict=True):
             rows[row].append((start, start + length))
             start += length
+        return rows
+
+    @functools.cached_property
+    def kept(self) -> list[list[Tensor]] | None:
+        """For each row, for each of its images, the indices of the visual tokens that stay; None: all."""
+        if self.keep is None:
+            return None
+        rows: list[list[Tensor]] = []
+        start = 0
+        for images in self.images:
+            for _ in range(self.beams):
+                rows.append([])
+                for first, last in images:
+                    rows[-1].append(self.keep[start : start + last - first].nonzero()[:, 0])
+                    start += last - first
         return rows
 
     @functools.cached_property
@@ -176,7 +204,7 @@ class Call:
     @property
     def changed(self) -> bool:
         """Whether the decoder read other rows than the caller's: fewer columns, more, or other positions."""
-        return self.kept is not None or self.rewritten
+        return self.keep is not None or self.rewritten
 
     def cut_cache(self, cache: Any, stays: Tensor) -> None:
         """Leaves only some of the prompt's columns in a cache that was just filled. For `Method.after_prompt`.

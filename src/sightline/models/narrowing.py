@@ -40,14 +40,18 @@ class Columns:
     """bool [R, K]; the others, on the left, only fill the rectangle."""
     visual: Tensor
     """bool [R, K]"""
+    padded: bool
+    """Whether any is not `real`."""
 
     def narrowed(self, stays: Tensor) -> tuple[Columns, Tensor]:
         """Those where `stays` (bool [R, K]) is True, and their places [R, K'] among the present ones."""
         stays = stays & self.real
-        longest = int(stays.sum(dim=1).max())
+        counts: list[int] = stays.sum(dim=1).tolist()
+        longest = max(counts)
         places = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
         real = stays.gather(1, places)
-        return Columns(self.index.gather(1, places), real, self.visual.gather(1, places) & real), places
+        visual = self.visual.gather(1, places) & real
+        return Columns(self.index.gather(1, places), real, visual, min(counts) < longest), places
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class _Narrowing:
     def __init__(self, boundary: Boundary, choose: Choose, layers: tuple[int, ...], bypass: bool) -> None:
         self.boundary, self.choose, self.layers, self.bypass = boundary, choose, layers, bypass
         self.attention: Tensor | None = None
+        self.shared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.passing: tuple[Tensor, Tensor, Columns, Tensor | None] | None = None
 
     # --- The prompt ---
@@ -164,7 +169,14 @@ class _Narrowing:
             assert call.rows_real is not None
             call.layer_tokens = [call.rows_real.shape[1]] * len(self.boundary.anatomy.layers)
         call.layer_tokens[layer] = columns.index.shape[1]
-        return hidden, self._gathered(call, columns, kwargs)
+        # Layers that read the same columns are given the same positions and masks: gathered once for all of them.
+        source = (columns, *(kwargs.get(name) for name in _GATHERED))
+        if self.shared is None or any(old is not new for old, new in zip(self.shared[0], source, strict=True)):
+            self.shared = source, self._gathered(call, columns, kwargs)
+        changed = {**kwargs, **self.shared[1]}
+        if layer + 1 == len(self.boundary.anatomy.layers):
+            self.shared = None
+        return hidden, changed
 
     def _columns(self, call: Call, layer: int, hidden: Tensor) -> Columns:
         """What the layer would read if it were not narrowed itself."""
@@ -174,7 +186,7 @@ class _Narrowing:
         assert call.rows_real is not None
         rows, length = call.rows_real.shape
         index = torch.arange(length, device=hidden.device).expand(rows, -1)
-        return Columns(index, call.rows_real, torch.cat(call.shown))
+        return Columns(index, call.rows_real, torch.cat(call.shown), call.rows_padded)
 
     def _chosen(self, call: Call, layer: int, hidden: Tensor, columns: Columns) -> tuple[Tensor, Tensor | None]:
         """As `Chosen`; what was chosen for a prompt stays chosen when it is read again, without a cache."""
@@ -189,7 +201,7 @@ class _Narrowing:
 
     def _gathered(self, call: Call, columns: Columns, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions and mask of the columns."""
-        changed = dict(kwargs)
+        changed: dict[str, Any] = {}
         index = columns.index
         if kwargs.get("position_ids") is not None:
             positions: Tensor = kwargs["position_ids"]
@@ -197,7 +209,7 @@ class _Narrowing:
         if kwargs.get("position_embeddings") is not None:
             changed["position_embeddings"] = tuple(_along(one, index) for one in kwargs["position_embeddings"])
         mask: Tensor | None = kwargs.get("attention_mask")
-        if mask is None and bool(columns.real.all()):
+        if mask is None and not columns.padded:
             return changed
         assert call.rows_real is not None
         rows, length = call.rows_real.shape
@@ -234,7 +246,7 @@ class _Narrowing:
         mask: Tensor | None = kwargs.get("attention_mask")
         length = call.real[0].shape[1]
         if mask is None:
-            if bool(real.all()):
+            if not columns.padded:
                 return kwargs
             hidden: Tensor = kwargs["position_embeddings"][0]
             queries = hidden.shape[-2]
@@ -246,6 +258,10 @@ class _Narrowing:
         mask = mask.gather(3, taken[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
         hidden_keys = torch.cat([~real, torch.zeros_like(since, dtype=torch.bool)], dim=1)
         return {**kwargs, "attention_mask": hide_keys(mask, hidden_keys)}
+
+
+_GATHERED = ("position_ids", "position_embeddings", "attention_mask")
+"""What of a layer's arguments goes by columns."""
 
 
 def _along(values: Tensor, index: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ class View:
         Returns:
             The shorter view, and the columns [B, T] of the old one that the new one's come from.
         """
-        stays = self.real.clone()
-        stays[self.visual] &= keep
+        stays = self.real & self.visual.masked_scatter(self.visual, keep).logical_or(~self.visual)
         longest = max(length, int(stays.sum(dim=1).max()))
         # Stable: what stays keeps its order and ends up on the right; what goes fills the left where a row is shorter.
         columns = stays.int().argsort(dim=1, stable=True)[:, -longest:]

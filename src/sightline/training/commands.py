@@ -94,7 +94,9 @@ def train_reduce(
     train_decoder: Annotated[
         bool, typer.Option("--decoder/--no-decoder", help="Train connector and decoder together with the method.")
     ] = True,
-    frames: Annotated[int | None, typer.Option(help="Frames of a film, for methods of video; 16 by default.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of a film, for methods of video; 16 by default, 1 for pictures.")
+    ] = None,
     device: DeviceOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw the pictures.")] = 1,
     threads: ThreadsOption = None,

@@ -9,8 +9,9 @@ same hooks as later use does. The loss is the cross-entropy of the answers, and 
 Rows. Where the reduction depends on the picture alone, all questions on a picture share a row, as in
 `sightline.training.nano`. Where it depends on the question (`one_question`), a row holds one question, the tasks by
 turns; rows are padded on both sides so that all answers begin at one column, and methods see only what comes before it.
-Methods across pictures (`frames`) learn on films, whose frames are pictures of one prompt. Every `text_only_every`
-steps the rows hold no picture, so that the decoder keeps its language.
+Methods across pictures (`frames`) learn on films, whose frames are pictures of one prompt, or with `frames=1` on single
+pictures as the others do. Every `text_only_every` steps the rows hold no picture, so that the decoder keeps its
+language.
 
 Step `s` always sees the same rows, so a killed run resumes where its last checkpoint was written.
 """
@@ -73,7 +74,7 @@ class ReduceRecipe:
         text_only_every: every so many steps rows hold no picture; 0 for never.
         bfloat16: compute in it; weights stay float32.
         train_decoder: whether connector and decoder are trained too, or the module alone.
-        frames: of a film, for methods across pictures.
+        frames: of a film, for methods across pictures; 1: they learn on pictures.
 
     Raises:
         InputError: for numbers out of range, or a method that is unknown, has nothing to train, or is switched off.
@@ -99,8 +100,8 @@ class ReduceRecipe:
                 raise InputError(f"{name} must be {low} or more, not {getattr(self, name)}")
         method = self.reducer()
         low, high = FILM_FRAMES
-        if across_pictures(method) and not low <= self.frames <= high:
-            raise InputError(f"frames must lie in [{low}, {high}], not {self.frames}")
+        if across_pictures(method) and self.frames != 1 and not low <= self.frames <= high:
+            raise InputError(f"frames must be 1, for pictures, or lie in [{low}, {high}], not {self.frames}")
         if not self.train_decoder and not isinstance(method, TrainedReducer):
             raise InputError(f"{method.paper} has no weights of its own: without the decoder there is nothing to train")
 
@@ -114,6 +115,11 @@ class ReduceRecipe:
             raise InputError(f"{self.method} is switched off at these settings: there is nothing to train")
         return chosen[0]
 
+    @property
+    def on_films(self) -> bool:
+        """Whether the rows hold films, not single pictures."""
+        return self.frames > 1 and across_pictures(self.reducer())
+
     def sees_pictures(self, step: int) -> bool:
         """Whether the rows of a step hold pictures; the module alone learns nothing from rows without."""
         every = self.text_only_every
@@ -121,7 +127,7 @@ class ReduceRecipe:
 
 
 def across_pictures(method: Method) -> bool:
-    """Whether the method reads all pictures of a row together, and so is trained on films."""
+    """Whether the method reads all pictures of a row together, and so can be trained on films."""
     return isinstance(method, TrainedReducer) and method.frames
 
 
@@ -190,7 +196,7 @@ class Steps(Dataset[Rows]):
     def __init__(self, recipe: ReduceRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.recipe, self.method = recipe, recipe.reducer()
         self.packer = self.text = Packer(tokenizer, recipe.length)
-        if across_pictures(self.method):
+        if recipe.on_films:
             self.packer = FilmPacker(tokenizer, recipe.length, recipe.frames)
 
     def __len__(self) -> int:
@@ -201,14 +207,14 @@ class Steps(Dataset[Rows]):
         if not recipe.sees_pictures(step):
             _, questions = joint_step(step, recipe.batch, recipe.seed)
             return Rows(self.text.packed(questions, with_picture=False), questions)
-        if across_pictures(self.method):
+        if recipe.on_films:
             return self._films("train", step, 10_000_000 * recipe.seed)
         scenes, questions = joint_step(step, recipe.batch, recipe.seed)
         return self._rows(questions, np.stack([pixels(scene) for scene in scenes]), "train", step)
 
     def validation(self, step: int) -> Rows:
         """Rows of the validation split."""
-        if across_pictures(self.method):
+        if self.recipe.on_films:
             return self._films("validation", step, 0)
         scenes, questions = validation_step(step, self.recipe.batch, self.recipe.seed)
         return self._rows(questions, np.stack([pixels(scene) for scene in scenes]), "validation", step)
@@ -336,7 +342,7 @@ def train(
     state = State(out / "state.safetensors", trained)
     first = min(state.resume("joint", optimizer), recipe.steps)
     precision = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16)
-    if first == 0 and not across_pictures(method) and not (out / "log.jsonl").exists():
+    if first == 0 and not recipe.on_films and not (out / "log.jsonl").exists():
         with precision:
             append_log(out, {"step": 0, "without": validate(model, None, steps, validation_batches)})
     loader = DataLoader(
