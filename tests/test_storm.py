@@ -137,6 +137,15 @@ def test_an_untrained_projector_gives_the_plain_models_tokens_pooled(settings: d
     torch.testing.assert_close(tokens, Storm(layers=0, **settings).tokens(frames), rtol=0, atol=1e-5)
 
 
+def test_clips_side_by_side_are_as_each_alone() -> None:
+    model = tiny.tiny_model("llava")
+    method = Storm(temporal_pool=2, weights="untrained")
+    hold(model, method, projector(32))
+    clips = [frames_of(model, clip(length, 16, 32, seed=seed)) for seed, length in enumerate((5, 3, 5, 1))]
+    for together, frames in zip(method.of_clips(clips), clips, strict=True):
+        torch.testing.assert_close(together, method.tokens(frames), rtol=0, atol=1e-5)
+
+
 def test_pooling_and_sampling_come_after_the_scan_and_the_connector() -> None:
     model = tiny.tiny_model("llava")
     frames = frames_of(model, clip(6, 16, 32))

@@ -19,11 +19,12 @@ both directions started with long memories. Its output projection starts at zero
 plain connector, and what is pooled the plain model's tokens. With `forward_only` a frame reads those before it alone,
 and clips can be read as they come (`TemporalProjector.step`).
 
-Each clip is scanned by itself, so that no padding enters the scan.
+Clips of as many frames are scanned side by side, others each by itself: no padding enters the scan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -69,11 +70,12 @@ class TemporalProjector(nn.Module):
         self.layers = nn.ModuleList(ProjectorLayer(width, forward_only=forward_only) for _ in range(layers))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """[T, n, C] -> [T, n, C], each token having read the clip."""
-        x = frames.flatten(0, 1)[None]
+        """[..., T, n, C] -> [..., T, n, C], each token having read its clip."""
+        *_, length, patches, width = frames.shape
+        x = frames.reshape(-1, length * patches, width)
         for layer in self.layers:
             x = layer(x)
-        return x[0].view_as(frames)
+        return x.view_as(frames)
 
     def init_state(self) -> list[MambaState]:
         """The state of every layer before the first frame; for `step`."""
@@ -146,11 +148,25 @@ class Storm(FrameReducer):
         return TemporalProjector(anatomy.connector_width, self.layers, forward_only=self.forward_only)
 
     def tokens(self, frames: Frames) -> Tensor:
-        features = frames.features
+        return self.of_clips([frames])[0]
+
+    def of_clips(self, clips: Sequence[Frames]) -> list[Tensor]:
+        features = [frames.features for frames in clips]
         if self.layers:
-            features = frames.connected(self.module(frames.anatomy)(frames.tower.float()))
+            projector = self.module(clips[0].anatomy)
+            alike: dict[torch.Size, list[int]] = {}
+            for number, frames in enumerate(clips):
+                alike.setdefault(frames.tower.shape, []).append(number)
+            for numbers in alike.values():
+                mixed = projector(torch.stack([clips[number].tower.float() for number in numbers]))
+                for number, own in zip(numbers, mixed, strict=True):
+                    features[number] = clips[number].connected(own)
+        return [self._fewer(own, frames.grid) for own, frames in zip(features, clips, strict=True)]
+
+    def _fewer(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[T, n, D] -> [K, D]"""
         if self.spatial_pool > 1:
-            features = pooled_over_space(features, frames.grid, self.spatial_pool)
+            features = pooled_over_space(features, grid, self.spatial_pool)
         features = pooled_over_time(features, self.temporal_pool)
         return features[:: self.sample_every].flatten(0, 1)
 
