@@ -70,11 +70,12 @@ SPEED_HEAD = """## Reading a prompt faster
 
 `benchmarks/prefill.py`: how much sooner the decoder has read a prompt with what is left of its visual tokens, over the
 ratio of the counted operations; the target is four fifths. At batch 1 a short prompt leaves a processor waiting for the
-weights, all the more on several cores. *First token* is the time of the whole prompt, tower included."""
+weights, all the more on several cores; on a GPU it leaves the GPU waiting for the launches, whatever its length.
+*First token* is the time of the whole prompt, tower included; memory is the peak beside the weights."""
 SPEED_TABLE = """**Batch {batch}, {device}**: {about}; the stock model reads {tokens} visual tokens in {seconds:.3g} s.
 
-| method | tokens | first token (s) | speed-up | operations, times fewer | share | met |
-| --- | --- | --- | --- | --- | --- | --- |"""
+| method | tokens | first token (s) | speed-up | operations, times fewer | share | met |{memory}
+| --- | --- | --- | --- | --- | --- | --- |{rule}"""
 SKILLS = ("colour", "count", "relation", "place")
 
 
@@ -237,8 +238,13 @@ def speed_rows(folder: Path) -> Iterator[str]:
             about=line["note"].partition(";")[0],
             tokens=stock["visual tokens"],
             seconds=stock["first token s"],
+            memory=f" memory (GB; stock {stock['peak MB'] / 1000:.2f}) |" if "peak MB" in stock else "",
+            rule=" --- |" if "peak MB" in stock else "",
         )
         for row in rows:
             cells = [f"`{row['name']}`", f"{row['visual tokens']:g}", f"{row['first token s']:.3g}"]
             cells += [f"{row['speed-up']:.2f}", f"{row['operations / fewer']:.2f}", f"{100 * row['share']:.0f} %"]
-            yield f"| {' | '.join([*cells, 'yes' if row['met'] else 'no'])} |"
+            cells.append("yes" if row["met"] else "no")
+            if "peak MB" in row:
+                cells.append(f"{row['peak MB'] / 1000:.2f}")
+            yield f"| {' | '.join(cells)} |"
