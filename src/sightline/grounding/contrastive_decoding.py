@@ -110,7 +110,7 @@ def encode_view(
 
 def _generator(call: Call, row: int, pictures: list[Tensor], seed: int) -> torch.Generator:
     """A generator on the CPU whose numbers depend on the seed, the prompt and its pictures."""
-    given = torch.cat([torch.tensor([seed]), call.prompt_ids(row * call.beams).cpu()]).double()
+    given = torch.cat([torch.tensor([seed]), call.prompt_ids(row * call.beams)]).double()
     words = torch.cat([given, *[picture.mean(dim=(1, 2)).cpu().double() for picture in pictures]])
     # The generator is made from 32 bits, so the seed must be mixed in rather than put above them.
     return torch.Generator().manual_seed(zlib.crc32(words.mul(256).round().long().numpy().tobytes()))

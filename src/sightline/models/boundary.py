@@ -230,7 +230,7 @@ class Boundary:
         mask, host_mask = masks or (None, None)
         _check_room(self.anatomy, self.anatomy.visual_positions(host_ids), host_mask)
         length = self.prompt_length or ids.shape[1]
-        call = Call(self, ids, host_ids, mask, self._encoded, prompt_length=length)
+        call = Call(self, ids, host_ids, mask, host_mask, self._encoded, prompt_length=length)
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if call.visual_count != len(features):
             raise InputError(

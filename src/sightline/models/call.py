@@ -83,6 +83,8 @@ class Call:
     """The same on the CPU: what is counted on a GPU waits for all that was launched there before."""
     mask: Tensor | None
     """The prompt's 2-D mask [B, S], or None where nothing is padded."""
+    host_mask: Tensor | None
+    """The same on the CPU."""
     encoded: Encoded
     memory: dict[Any, Any] = field(default_factory=dict)
     """What a method learnt while the prompt was read, by method; survives from step to step also without a cache."""
@@ -246,9 +248,20 @@ class Call:
         return columns
 
     def prompt_ids(self, row: int) -> Tensor:
-        """The token ids of a row's prompt, without padding."""
-        ids = self.input_ids[row, : self.prompt_length]
-        return ids if self.mask is None else ids[self.mask[row, : self.prompt_length].bool()]
+        """The token ids of a row's prompt, without padding, on the CPU."""
+        ids = self.host_ids[row, : self.prompt_length]
+        return ids if self.host_mask is None else ids[self.host_mask[row, : self.prompt_length].bool()]
+
+    def question(self, row: int) -> Tensor:
+        """The decoder's embeddings [L, D] of a row's text after its last picture; of all its text where nothing
+        follows. Only while the prompt is read."""
+        assert self.prompt is not None
+        ids = self.host_ids[row, : self.prompt_length]  # without a cache the answer so far comes after it
+        visual = self.boundary.anatomy.visual_positions(ids)
+        text = ~visual if self.host_mask is None else ~visual & self.host_mask[row, : self.prompt_length].bool()
+        after = text & (visual.flip(0).cumsum(0).flip(0) == 0)
+        columns = (after if bool(after.any()) else text).nonzero()[:, 0]
+        return self.prompt[0].embeds[row, columns.to(self.input_ids.device)]
 
     @property
     def visual_tokens(self) -> list[int]:

@@ -96,7 +96,7 @@ class FrameReducer(TrainedReducer):
             places.append((images[0][0], images[-1][1]))
             seen, grid = pictures.stop, grids[seen]
             assert grid is not None
-            text = question(call, row * call.beams)
+            text = call.question(row * call.beams)
             readings = {name: encoded.readings[name][pictures] for name in names}
             clips.append(Frames(anatomy, readings.pop(TOWER), features[pictures], grid, text, readings))
         outputs = self.of_clips(clips)
@@ -108,19 +108,3 @@ class FrameReducer(TrainedReducer):
                 )
             keep[first : first + len(tokens)] = True
         return Reduced(keep, torch.cat([tokens.to(features.dtype) for tokens in outputs]))
-
-
-def question(call: Call, row: int) -> Tensor:
-    """The decoder's embeddings [L, D] of a row's text after its last picture; of all its text where nothing follows."""
-    assert call.prompt is not None
-    length = call.prompt_length  # without a cache the answer so far comes after it
-    text = ~call.visual[row, :length]
-    if call.mask is not None:
-        text = text & call.mask[row, :length].bool()
-    pictures = call.visual[row, :length].nonzero()
-    after = text.clone()
-    if len(pictures):
-        after[: int(pictures[-1])] = False
-    if not bool(after.any()):
-        after = text
-    return call.prompt[0].embeds[row, :length][after]

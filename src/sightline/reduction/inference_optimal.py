@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from sightline.errors import InputError
 from sightline.methods import in_range, register
 from sightline.models.anatomy import TowerReading
-from sightline.reduction.frame_reducer import question
 from sightline.reduction.trained_reducer import TOWER, TrainedReducer, connector_input, first_places
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def _mlp(width_in: int, width_out: int) -> nn.Sequential:
     )
 
 
-class LayerInput(TowerReading):
+class TowerLayerInput(TowerReading):
     """What a layer of the vision tower is given: the output of the one before it, [pictures, patches, width]."""
 
     def row(self, hidden_states: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -166,7 +165,8 @@ class QueCC(TrainedReducer):
     def readings(self, anatomy: Anatomy) -> dict[str, TowerReading]:
         layers = anatomy.tower_layers
         return {TOWER: connector_input(self.paper, anatomy)} | {
-            _name(layer): LayerInput(layers[layer], leading=anatomy.leading_tokens) for layer in self._layers(anatomy)
+            _name(layer): TowerLayerInput(layers[layer], leading=anatomy.leading_tokens)
+            for layer in self._layers(anatomy)
         }
 
     def build(self, anatomy: Anatomy) -> QuestionConnector:
@@ -203,14 +203,14 @@ class QueCC(TrainedReducer):
     def _question(self, call: Call, row: int) -> Tensor:
         """The embeddings of a row's question, [L, D]."""
         assert call.prompt is not None
-        text, ids = question(call, row), call.prompt_ids(row)
+        text, ids = call.question(row), call.prompt_ids(row)
         anatomy = call.boundary.anatomy
         if not len(text):
             raise InputError("inference_optimal makes a picture's tokens for a question, and a prompt has no text")
         whole = len(text) == int((~anatomy.visual_positions(ids)).sum())
         if whole or int(ids[0]) != anatomy.text_config.bos_token_id:
             return text
-        first = 0 if call.mask is None else int(call.mask[row].long().argmax())
+        first = 0 if call.host_mask is None else int(call.host_mask[row].long().argmax())
         return torch.cat([call.prompt[0].embeds[row, first : first + 1], text])
 
 

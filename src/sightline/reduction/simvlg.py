@@ -63,12 +63,12 @@ class SimVLG(TokenReducer):
         while where.left > budget:
             step = bipartite_soft_matching(tokens, min(r, where.left - budget))
             tokens, where = step.merge(tokens), where.followed_by(step)
-        first, order = first_places(where)
+        first, order = by_first_place(where)
         keep = torch.zeros(n, dtype=torch.bool, device=tokens.device).index_fill(0, first[order], True)
         return keep, tokens[0, order].to(image.features.dtype)
 
 
-def first_places(matching: Matching) -> tuple[Tensor, Tensor]:
+def by_first_place(matching: Matching) -> tuple[Tensor, Tensor]:
     """Of the tokens that are left of one row: int [n - r], the first place among the n that each holds, and the order
     of the tokens by it."""
     where = matching.where[0]
