@@ -32,7 +32,8 @@ TRAINED_HEAD = """## Trained with the decoder
 `sightline train reduce` starts from picturebook-nano, `python scripts/measure_reduction.py --trained` measures: each
 method on the checkpoint that was trained with it; *off* is that checkpoint without it. Tokens are the mean over layers
 while the prompt is read; of VoCo's the text sees its own alone, and they are all that the cache holds of the picture
-afterwards. ATP was trained for a mean of 25 behind its modules. Shares are of the unmodified picturebook-nano's {stock}
+afterwards. ATP was trained for a mean of 25 behind its modules, MoD on pictures (`--frames 1`, a quarter of an hour on
+one core). Shares are of the unmodified picturebook-nano's {stock}
 %.
 
 | method | trained | tokens | all % | of nano's | beyond random | colour | count | relation | place | CHAIR_i | recall |
