@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -411,6 +412,17 @@ def test_hooks_and_adapters_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.proj_up = adapted
     assert not torch.allclose(layer.residual(x, norm), stock, rtol=0.01)
     assert not came
+
+
+def test_an_adapter_on_a_gate_is_heard() -> None:
+    layer, x = filled(MLSTM(16)), torch.randn(2, 40, 16)
+    adapted = copy.deepcopy(layer)
+    adapted.fgate = Doubled(*layer.fgate.weight.shape[::-1])
+    adapted.fgate.load_state_dict(layer.fgate.state_dict())
+    for parameter in layer.fgate.parameters():
+        parameter.data *= 2
+    wanted = layer(x).detach()
+    torch.testing.assert_close(adapted(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_where_machine_code_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

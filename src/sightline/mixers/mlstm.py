@@ -443,7 +443,12 @@ class MLSTM(CausalMixer):
         """Queries, keys, values [B, H, L, d] and both gates [B, H, L]."""
         heads = self.num_heads
         query, key, value = self.q_proj.by_head(c, heads), self.k_proj.by_head(c, heads), self.v_proj.by_head(u, heads)
-        input_gate, forget_gate = self._gates(u, c).mT.chunk(2, dim=1)
+        if type(self.igate) is type(self.fgate) is nn.Linear:
+            gates = self._gates(u, c)
+        else:  # what stands in their place, an adapter say, is to be asked
+            read = torch.cat([part.transpose(1, 2).flatten(2) for part in (query, key, value)], dim=-1)
+            gates = torch.cat([self.igate(read), self.fgate(read)], dim=-1)
+        input_gate, forget_gate = gates.mT.chunk(2, dim=1)
         return query, key, value, input_gate, forget_gate
 
     def _gates(self, u: Tensor, c: Tensor) -> Tensor:
