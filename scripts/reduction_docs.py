@@ -8,11 +8,14 @@ printed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from sightline.training.reduce import ReduceRecipe
 
 HEAD = """# Fewer visual tokens, measured
 
@@ -27,16 +30,19 @@ as many tokens (paired tests, adjusted for the number of comparisons; in bold wh
 
 | method | tokens | FLOPs | all % | of stock | beyond random | colour | count | relation | place | CHAIR_i | recall |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+CHECKPOINTS_HEAD = """| checkpoint | made by |
+| --- | --- |"""
 TRAINED_HEAD = """## Trained with the decoder
 
-`sightline train reduce` starts from picturebook-nano, `python scripts/measure_reduction.py --trained` measures: each
-method on the checkpoint that was trained with it; *off* is that checkpoint without it. Tokens are the mean over layers
-while the prompt is read; of VoCo's the text sees its own alone, and they are all that the cache holds of the picture
-afterwards. ATP was trained for a mean of 25 behind its modules, MoD on pictures (`--frames 1`, a quarter of an hour on
-one core). Shares are of the unmodified picturebook-nano's {stock}
-%.
+{checkpoints}
 
-| method | trained | tokens | all % | of nano's | beyond random | colour | count | relation | place | CHAIR_i | recall |
+`python scripts/measure_reduction.py --trained` measures each method on the checkpoint that was trained with it; *off*
+is that checkpoint without it. Tokens are the mean over layers while the prompt is read; of VoCo's the text sees its own
+alone, and they are all that the cache holds of the picture afterwards. ATP was trained for a mean of 25 behind its
+modules, MoD on single pictures. On one quiet core the commands take from a quarter of an hour (MoD) to an hour and a
+quarter (QueCC). Shares are of the unmodified picturebook-nano's {stock} %.
+
+| checkpoint | method | tokens | all % | of nano's | beyond random | colour | count | relation | place | CHAIR_i | recall |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 POSITIONS_HEAD = """## Visual positions in long prompts (V2PE)
 
@@ -48,16 +54,18 @@ to highest seed).
 | --- | --- |{rule}"""
 FILMS_HEAD = """## Films
 
-`python scripts/measure_films.py`: one question a film, answered after reading all its frames; checkpoints trained by
-`sightline train reduce`. `whole` keeps all tokens (MoD with r = 1), and is what the others are compared with; `whole`,
-`mod` and `storm` have seen the same films, the first two on an H200 in two minutes each, the others on one core of a CPU
-in 80 to 85. Accuracy in %, brackets: 95 % interval. With one frame a model can be right about order half of the time, about motion a quarter, about count a third.
+{checkpoints}
+
+`python scripts/measure_films.py`: one question a film, answered after reading all its frames. `whole` keeps all tokens
+(MoD with r = 1), and is what the others are compared with; `whole`, `mod` and `storm` have seen the same films, the
+first two on an H200 in two minutes each, the others on one core of a CPU in 80 to 85. Accuracy in %, brackets: 95 %
+interval. With one frame a model can be right about order half of the time, about motion a quarter, about count a third.
 *Operations* are the decoder's for the prompt, as a share of what the same frames cost it with all their tokens; *p* is
 of the paired test of the temporal questions against the first row, on the films that both were asked about; seconds are
 of a whole answer on one thread, drawing and vision tower included.
 
-| checkpoint | trained | method | frames | tokens | operations | temporal questions | {tasks} | n | p | s |
-| --- | --- | --- | --- | --- | --- | --- |{rule} --- | --- | --- |"""
+| checkpoint | method | frames | tokens | operations | temporal questions | {tasks} | n | p | s |
+| --- | --- | --- | --- | --- | --- |{rule} --- | --- | --- |"""
 SCALING_HEAD = """## Larger decoders or more visual tokens?
 
 `{command}`: decoders of several sizes trained from nothing on picturebook-nano's frozen tower, its visual tokens
@@ -160,14 +168,31 @@ def trained_rows(folder: Path) -> Iterator[str]:
     stock = next((line["scores"]["all"] for line in results(folder, "reduction") if line["method"] == "none"), None)
     if not lines or stock is None:
         return
-    yield TRAINED_HEAD.format(stock=percent(stock))
+    yield TRAINED_HEAD.format(stock=percent(stock), checkpoints=commands({line["model"]: line for line in lines}))
     for line in lines:
-        recipe = line["recipe"]
-        how = f"{recipe['steps']} steps of {recipe['batch']}, decoder at {recipe['learning_rate']:g}"
         name = "off" if line["method"] == "none" else f"`{line['method']}`"
-        cells = [name, f"`{recipe['method']}`, {how}", f"{mean_tokens(line):.0f}", percent(line["scores"]["all"])]
+        cells = [line["model"], name, f"{mean_tokens(line):.0f}", percent(line["scores"]["all"])]
         cells += [f"{percent(line['scores']['all'] / stock)} %", beyond_random(line)]
         yield f"| {' | '.join([*cells, *skills(line)])} |"
+
+
+def commands(of_checkpoint: dict[str, dict[str, Any]]) -> str:
+    """A table of how each checkpoint was trained, from a line that has its recipe."""
+    usual = {field.name: field.default for field in dataclasses.fields(ReduceRecipe)}
+    rows = [CHECKPOINTS_HEAD]
+    for name, line in of_checkpoint.items():
+        recipe = line["recipe"]
+        words = ["sightline train reduce --method", recipe["method"]]
+        if recipe["model"] != usual["model"]:
+            folder = f"runs/{recipe['model']}/checkpoint"
+            words[1] += f",weights={folder}"
+            words += ["--model", folder]
+        words += ["--steps", str(recipe["steps"]), "--batch", str(recipe["batch"])]
+        for option in ("learning_rate", "module_learning_rate", "frames", "seed"):
+            if recipe[option] != usual[option]:
+                words += [f"--{option.replace('_', '-')}", f"{recipe[option]:g}"]
+        rows.append(f"| {name} | `{' '.join([*words, '--out', f'runs/{name}'])}` |")
+    return "\n".join(rows)
 
 
 def film_rows(folder: Path) -> Iterator[str]:
@@ -175,15 +200,12 @@ def film_rows(folder: Path) -> Iterator[str]:
     if not lines:
         return
     tasks = [name for name in lines[0]["scores"] if name != "temporal"]
-    yield FILMS_HEAD.format(tasks=" | ".join(tasks), rule=" --- |" * len(tasks))
+    checkpoints = commands({line["checkpoint"]: line for line in lines})
+    yield FILMS_HEAD.format(checkpoints=checkpoints, tasks=" | ".join(tasks), rule=" --- |" * len(tasks))
     for place, line in enumerate(lines):
-        recipe, scores = line["recipe"], line["scores"]
+        scores = line["scores"]
         value, low, high = (percent(one) for one in scores["temporal"])
-        before = "" if line["started_from"] == "picturebook-nano" else f" after those of `{line['started_from']}`"
-        cells = [
-            line["checkpoint"],
-            f"`{recipe['method']}`, {recipe['steps']} steps of {recipe['batch']} films{before}",
-        ]
+        cells = [line["checkpoint"]]
         cells += [f"`{line['method']}`", str(line["frames"]), f"{line['visual_tokens']:,.0f}"]
         cells += [f"{100 * line['flops'] / line['all_tokens_flops']:.3g} %", f"{value} [{low}, {high}]"]
         cells += [percent(scores[task][0]) for task in tasks]
