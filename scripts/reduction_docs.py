@@ -42,7 +42,7 @@ alone, and they are all that the cache holds of the picture afterwards. ATP was 
 modules, MoD on single pictures. On one quiet core the commands take from a quarter of an hour (MoD) to an hour and a
 quarter (QueCC). Shares are of the unmodified picturebook-nano's {stock} %.
 
-| checkpoint | method | tokens | all % | of nano's | beyond random | colour | count | relation | place | CHAIR_i | recall |
+| checkpoint | method | tokens | all % | share | beyond random | colour | count | relation | place | CHAIR_i | recall |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 POSITIONS_HEAD = """## Visual positions in long prompts (V2PE)
 
