@@ -22,6 +22,7 @@ from sightline.models import attending as module_under_test
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
 from sightline.models.boundary import Boundary
 from sightline.models.call import Call
+from sightline.models.stock_reading import prompt_attention
 
 ROWS, HEADS, GROUPS, QUERIES, KEYS, WIDTH = 2, 6, 2, 3, 7, 4
 
@@ -215,7 +216,7 @@ def test_the_attention_over_the_prompt_is_the_unchanged_models(family: str) -> N
         paper: ClassVar[str] = "reading"
 
         def before_prompt(self, call: Call) -> None:
-            seen.append(call.boundary.prompt_attention(call, [0, 2]))
+            seen.append(prompt_attention(call, [0, 2]))
 
     model.set_attn_implementation("eager")
     maps = model(**batch, output_attentions=True).attentions

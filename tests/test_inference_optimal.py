@@ -17,7 +17,8 @@ import sightline as sl
 from sightline.errors import InputError
 from sightline.models.anatomy import Anatomy
 from sightline.models.boundary import Boundary
-from sightline.reduction.inference_optimal import QueCC, QuestionConnector, read_alone
+from sightline.models.stock_reading import read_alone
+from sightline.reduction.inference_optimal import QueCC, QuestionConnector
 from sightline.reduction.trained_reducer import hold, save
 
 C, C_M, D = 8, 12, 6

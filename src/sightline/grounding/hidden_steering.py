@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sightline.methods import Method
+from sightline.models.stock_reading import layer_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +50,7 @@ class HiddenSteering(Method):
 
     def before_prompt(self, call: Call) -> None:
         if self not in call.memory:
-            direction = self.direction(*call.boundary.layer_outputs(call))
+            direction = self.direction(*layer_outputs(call))
             # Without a picture both readings are the same but for rounding, which must not become a direction.
             if call.bare is not None:
                 direction = direction.masked_fill(call.bare[:, None, None], 0.0)

@@ -32,6 +32,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from sightline.errors import InputError
 from sightline.models.answering import prompt
 from sightline.models.attending import AttentionSwitch
+from sightline.models.stock_reading import prompt_attention
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
@@ -97,7 +98,7 @@ class DecoderAttention(Matcher):
         assert call.prompt is not None
         view, anatomy = call.prompt[0], call.boundary.anatomy
         layers = self.layers_of(len(anatomy.layers))
-        attention = call.boundary.prompt_attention(call, layers).mean(dim=1)  # [B, T, T]
+        attention = prompt_attention(call, layers).mean(dim=1)  # [B, T, T]
         grids = anatomy.grids(call.inputs)
         found: list[list[Match]] = []
         for encoded_row, images in enumerate(call.images):

@@ -439,59 +439,6 @@ class Boundary:
             output.logits = last if single else torch.cat([output.logits[:, :-1], last], dim=1)
         return output
 
-    # --- What methods may ask for ---
-
-    def layer_outputs(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What every decoder layer of the *unchanged* model gives at the prompt's last position, with the picture and
-        without.
-
-        For `Method.before_prompt`; costs one forward of 2 B rows without a cache.
-
-        Returns:
-            Two tensors [B, layers, D].
-        """
-        assert call.prompt is not None
-        main, _ = call.prompt
-        seen: list[Tensor] = []
-        handles = [
-            layer.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
-            for layer in self.anatomy.layers
-        ]
-        try:
-            self._read_quietly(call, [main, main.without_picture(keep_positions=False)])
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs = torch.stack(seen, dim=1)
-        return outputs[: call.rows], outputs[call.rows :]
-
-    def prompt_attention(self, call: Call, layers: Sequence[int]) -> Tensor:
-        """The attention weights of the *unchanged* model over the prompt, for `Method.streams` and `before_prompt`;
-        costs one forward of B rows without a cache.
-
-        Returns:
-            float32 [B, layers, T, T], the mean over heads; columns as in the view `call.prompt[0]`.
-        """
-        assert call.prompt is not None
-        seen: dict[int, Tensor] = {}
-
-        def see(layer: int) -> Callable[[Attending], Attended]:
-            def change(attending: Attending) -> Attended:
-                seen[layer] = attending.weights().mean(dim=1)
-                return attending.stock()
-
-            return change
-
-        modules = [self.anatomy.attention(self.anatomy.layers[layer]) for layer in layers]
-        switch = AttentionSwitch(modules[0].config)
-        undo = [replace_attention(module, see(layer)) for module, layer in zip(modules, layers, strict=True)]
-        try:
-            self._read_quietly(call, [call.prompt[0]])
-        finally:
-            for back in (*undo, switch.back):
-                back()
-        return torch.stack([seen[layer] for layer in layers], dim=1)
-
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, no method acts: the decoder is the stock model's."""
@@ -500,13 +447,6 @@ class Boundary:
             yield
         finally:
             self._quiet = False
-
-    def _read_quietly(self, call: Call, views: Sequence[View]) -> None:
-        """Reads views of the prompt with no method acting and no cache."""
-        assert call.prompt is not None
-        mask = stack_masks(call.prompt[1], [view.real for view in views], views[0].embeds.shape[1])
-        with self.quiet():
-            self.anatomy.language_model(**stack_views(views), attention_mask=mask, use_cache=False)
 
 
 def _restore(owner: Any, name: str, value: Any) -> None:

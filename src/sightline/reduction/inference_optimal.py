@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from sightline.errors import InputError
 from sightline.methods import in_range, register
 from sightline.models.anatomy import TowerReading
+from sightline.models.stock_reading import read_alone
 from sightline.reduction.trained_reducer import TOWER, TrainedReducer, connector_input, first_places
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
-    from sightline.models.boundary import Boundary
     from sightline.models.call import Call, Encoded, Reduced
 
 
@@ -212,30 +212,6 @@ class QueCC(TrainedReducer):
             return text
         first = 0 if call.host_mask is None else int(call.host_mask[row].long().argmax())
         return torch.cat([call.prompt[0].embeds[row, first : first + 1], text])
-
-
-@torch.no_grad()
-def read_alone(boundary: Boundary, texts: Sequence[Tensor]) -> Tensor:
-    """What the unchanged decoder makes of texts, each read by itself.
-
-    Args:
-        boundary: of the model.
-        texts: embeddings, each [L, D].
-
-    Returns:
-        [texts, D]: its last hidden state at the end of each text.
-    """
-    # One column of padding at least: a decoder made for prefixes (PaliGemma's) is causal only where it has a mask.
-    longest = 1 + max(len(text) for text in texts)
-    embeds = torch.stack([nn.functional.pad(text, (0, 0, longest - len(text), 0)) for text in texts])
-    missing = torch.tensor([longest - len(text) for text in texts], device=embeds.device)
-    places = torch.arange(longest, device=embeds.device) - missing[:, None]
-    with boundary.quiet():
-        output = boundary.anatomy.language_model(
-            inputs_embeds=embeds, attention_mask=(places >= 0).long(), use_cache=False
-        )
-    hidden: Tensor = output.last_hidden_state[:, -1]
-    return hidden
 
 
 def _name(layer: int) -> str:
