@@ -5,10 +5,10 @@ same films and questions.
         --ask runs/storm storm:temporal_pool=8 128 60
 
 Each `--ask` is the folder of a training run, the method in its short form, how many frames show a film, and how many
-questions of each task; the first one is the reference that the others are compared with, by the benchmark's paired
-tests on the questions that both were asked. Answers are appended under `--out` as they come, so that a killed
-measurement goes on where it was, and entries can be asked by several processes. A line of `docs/results/films.jsonl` is
-one entry.
+questions of each task; the first one of as many frames is the reference that the others are compared with, by the
+benchmark's paired tests on the questions that both were asked. Answers are appended under `--out` as they come, so that
+a killed measurement goes on where it was, and entries can be asked by several processes. A line of
+`docs/results/films.jsonl` is one entry.
 """
 
 from __future__ import annotations
@@ -112,13 +112,12 @@ def main() -> None:
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
-    reference: list[dict[str, Any]] = []
+    references: dict[int, list[dict[str, Any]]] = {}
     for name, method, frames, items in given.ask:
         folder = Path(name)
         file = given.out / f"{folder.name}-{method.replace(':', '-').replace('/', '_')}-{frames}.jsonl"
         rows = answers(folder, method, int(frames), int(items), file)
-        reference = reference or rows
-        lines.append(line(folder, method, int(frames), rows, reference))
+        lines.append(line(folder, method, int(frames), rows, references.setdefault(int(frames), rows)))
     write(given.results / "films.jsonl", lines)
 
 

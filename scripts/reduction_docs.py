@@ -61,8 +61,9 @@ FILMS_HEAD = """## Films
 first two on an H200 in two minutes each, the others on one core of a CPU in 80 to 85. Accuracy in %, brackets: 95 %
 interval. With one frame a model can be right about order half of the time, about motion a quarter, about count a third.
 *Operations* are the decoder's for the prompt, as a share of what the same frames cost it with all their tokens; *p* is
-of the paired test of the temporal questions against the first row, on the films that both were asked about; seconds are
-of a whole answer on one thread, drawing and vision tower included.
+of the paired test of the temporal questions against the first row of as many frames, on the films that both were asked
+about; seconds are of a whole answer on one thread, drawing and vision tower included. V2PE with a step of 1/8 gives 128
+frames the positions that 16 had in training.
 
 | checkpoint | method | frames | tokens | operations | temporal questions | {tasks} | n | p | s |
 | --- | --- | --- | --- | --- | --- |{rule} --- | --- | --- |"""
@@ -202,14 +203,15 @@ def film_rows(folder: Path) -> Iterator[str]:
     tasks = [name for name in lines[0]["scores"] if name != "temporal"]
     checkpoints = commands({line["checkpoint"]: line for line in lines})
     yield FILMS_HEAD.format(checkpoints=checkpoints, tasks=" | ".join(tasks), rule=" --- |" * len(tasks))
+    frames = [line["frames"] for line in lines]
     for place, line in enumerate(lines):
-        scores = line["scores"]
+        scores, is_first = line["scores"], line["frames"] not in frames[:place]
         value, low, high = (percent(one) for one in scores["temporal"])
         cells = [line["checkpoint"]]
         cells += [f"`{line['method']}`", str(line["frames"]), f"{line['visual_tokens']:,.0f}"]
         cells += [f"{100 * line['flops'] / line['all_tokens_flops']:.3g} %", f"{value} [{low}, {high}]"]
         cells += [percent(scores[task][0]) for task in tasks]
-        cells += [str(line["n"]), "" if place == 0 else f"{line['p_value']:.2g}", f"{line['seconds']:.1f}"]
+        cells += [str(line["n"]), "" if is_first else f"{line['p_value']:.2g}", f"{line['seconds']:.1f}"]
         yield f"| {' | '.join(cells)} |"
 
 
