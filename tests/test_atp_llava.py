@@ -59,7 +59,7 @@ def test_a_key_is_scored_by_those_queries_that_can_see_it() -> None:
     seen = torch.ones(1, 8, 8).tril().bool() & (real[:, None] | torch.eye(8).bool())
     weights = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1)) * seen
     weights /= weights.sum(dim=-1, keepdim=True)
-    columns = Columns(torch.arange(8)[None], real, shown)
+    columns = Columns(torch.arange(8)[None], real, shown, padded=True)
     own, cross = scores_of(weights, seen, columns, shown, 7)
     w = weights[0]
     assert own[0, 2] == pytest.approx(float(w[2, 2] + w[3, 2] + w[5, 2]) / 3)

@@ -29,7 +29,7 @@ from sightline.models.call import Call, Encoded, Reduced
 from sightline.models.narrowing import Chosen, LayerInput
 from sightline.picturebook.questions import Question, training_questions
 from sightline.picturebook.scene import random_stream, sample_scene
-from sightline.reduction.frame_reducer import FrameReducer, Frames, question
+from sightline.reduction.frame_reducer import FrameReducer, Frames
 from sightline.reduction.layer_reducer import LayerReducer
 from sightline.reduction.trained_reducer import TOWER, TrainedReducer, connector_input, hold
 from sightline.training.nano import IGNORED, Packer, picture_batch
@@ -88,7 +88,7 @@ class Asked(Pooled):
     one_question: ClassVar[bool] = True
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
-        told = torch.stack([question(call, row).mean(dim=0) for row in range(call.rows)])
+        told = torch.stack([call.question(row).mean(dim=0) for row in range(call.rows)])
         plain = super().reduced(call, encoded)
         assert plain.features is not None
         return Reduced(plain.keep, plain.features + told.repeat_interleave(self.tokens, dim=0))
