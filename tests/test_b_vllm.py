@@ -13,6 +13,7 @@ from torch import Tensor
 import sightline as sl
 from sightline.errors import InputError
 from sightline.models.anatomy import Anatomy
+from sightline.reduction import b_vllm
 from sightline.reduction.b_vllm import (
     CLS_VECTOR,
     BVllm,
@@ -87,6 +88,22 @@ def test_the_affinity_is_what_the_queries_make_of_the_question_against_each_fram
     pairs = [[(w, c) for c in vectors.tolist()] for w in wanted.tolist()]
     expected = [[sum(a * b for a, b in zip(*pair, strict=True)) / 32**0.5 for pair in row] for row in pairs]
     torch.testing.assert_close(module.affinity(question, vectors), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_the_places_of_a_question_do_not_drown_its_words(size: float) -> None:
+    """Whatever the size of a decoder's embeddings, what tells words apart is about as large as what tells places."""
+    module = sharp(tiny.tiny_model("llava"), BVllm(**SMALL)).temporal
+    module.read.bias.zero_()
+    read: list[Tensor] = []
+    module.text_norm.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    rest = size * randn(3, 32)
+    for word in (size * randn(1, 32, seed=1), size * randn(1, 32, seed=2)):
+        module(torch.cat([word, rest]), randn(1, 7, 32, seed=3))
+    places = b_vllm._places(4, read[0].shape[-1])
+    assert 0.5 < (read[0][0] - read[1][0]).norm() / (places[0] - places[2]).norm() < 4
+    torch.testing.assert_close(read[0][1:], read[1][1:])
 
 
 @torch.no_grad()

@@ -125,6 +125,7 @@ class QFormer(nn.Module):
     def forward(self, question: Tensor, seen: Tensor) -> Tensor:
         """Question [L, D] and B times what is seen [B, n, C] -> [B, queries, width]."""
         text = self.read(question[-LONGEST_QUESTION:])
+        text = F.layer_norm(text, text.shape[-1:])  # as large as the places, which would drown words of another size
         text = self.text_norm(text + _places(*text.shape).to(text)).expand(len(seen), -1, -1)
         queries = self.queries_norm(self.queries).expand(len(seen), -1, -1)
         for layer in self.layers:
