@@ -34,6 +34,7 @@ SETTINGS = {
     "mqt": [f"mqt:max_tokens=100,num_heads=8,tokens={tokens}" for tokens in (100, 36, 16, 4, 1)] + RANDOM_16,
     "voco_llama": ["voco_llama:tokens=2", "random_dropping:keep=0.02,positions=kept"],
     "inference_optimal": ["inference_optimal:num_heads=8,stride=2", "random_dropping:keep=0.25,positions=kept"],
+    "b_vllm": ["b_vllm:selected=8,queries=16,order=time,width=128", *RANDOM_16],
     "videollm_mod": ["videollm_mod", "random_dropping:keep=0.68,positions=kept"],
     "atp_llava": [f"atp_llava:strictness={strictness}" for strictness in (0, -1, 1)],
 }

@@ -39,8 +39,9 @@ TRAINED_HEAD = """## Trained with the decoder
 `python scripts/measure_reduction.py --trained` measures each method on the checkpoint that was trained with it; *off*
 is that checkpoint without it. Tokens are the mean over layers while the prompt is read; of VoCo's the text sees its own
 alone, and they are all that the cache holds of the picture afterwards. ATP was trained for a mean of 25 behind its
-modules, MoD on single pictures. On one quiet core the commands take from a quarter of an hour (MoD) to an hour and a
-quarter (QueCC). Shares are of the unmodified picturebook-nano's {stock} %.
+modules, MoD and B-VLLM on single pictures. B-VLLM's Q-Formers start from nothing (the paper's from InstructBLIP) and
+see one question a row: so few steps have taught them little. On one quiet core the commands take from a quarter of
+an hour (MoD) to an hour and a quarter (QueCC). Shares are of the unmodified picturebook-nano's {stock} %.
 
 | checkpoint | method | tokens | all % | share | beyond random | colour | count | relation | place | CHAIR_i | recall |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
