@@ -187,7 +187,7 @@ def commands(of_checkpoint: dict[str, dict[str, Any]]) -> str:
         words = ["sightline train reduce --method", recipe["method"]]
         if recipe["model"] != usual["model"]:
             folder = f"runs/{recipe['model']}/checkpoint"
-            words[1] += f",weights={folder}"
+            words[1] += f"{',' if ':' in recipe['method'] else ':'}weights={folder}"
             words += ["--model", folder]
         words += ["--steps", str(recipe["steps"]), "--batch", str(recipe["batch"])]
         for option in ("learning_rate", "module_learning_rate", "frames", "seed"):

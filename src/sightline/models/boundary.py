@@ -228,9 +228,9 @@ class Boundary:
         if self._encoded is None:
             raise InputError("with methods attached, encode the pictures inside the same context: give pixel_values")
         mask, host_mask = masks or (None, None)
-        _check_room(self.anatomy, self.anatomy.visual_positions(host_ids), host_mask)
         length = self.prompt_length or ids.shape[1]
         call = Call(self, ids, host_ids, mask, host_mask, self._encoded, prompt_length=length)
+        _check_room(self.anatomy, call.host_visual, host_mask)
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if call.visual_count != len(features):
             raise InputError(

@@ -142,9 +142,14 @@ class Call:
         return self.boundary.anatomy.visual_positions(self.input_ids)
 
     @functools.cached_property
+    def host_visual(self) -> Tensor:
+        """The same on the CPU."""
+        return self.boundary.anatomy.visual_positions(self.host_ids)
+
+    @functools.cached_property
     def visual_count(self) -> int:
         """Visual tokens of all rows."""
-        return int(self.boundary.anatomy.visual_positions(self.host_ids).sum())
+        return int(self.host_visual.sum())
 
     @functools.cached_property
     def beams(self) -> int:
@@ -154,7 +159,7 @@ class Call:
     @functools.cached_property
     def bare(self) -> Tensor | None:
         """bool [B]: rows without a picture, which methods leave as the stock model has them; None if all have one."""
-        bare = ~self.boundary.anatomy.visual_positions(self.host_ids).any(dim=1)
+        bare = ~self.host_visual.any(dim=1)
         return bare.to(self.input_ids.device) if bool(bare.any()) else None
 
     @functools.cached_property
@@ -173,7 +178,7 @@ class Call:
             start += length
         return rows
 
-    @functools.cached_property
+    @property
     def kept(self) -> list[list[Tensor]] | None:
         """For each row, for each of its images, the indices of the visual tokens that stay; None: all."""
         if self.keep is None:
@@ -256,8 +261,7 @@ class Call:
         """The decoder's embeddings [L, D] of a row's text after its last picture; of all its text where nothing
         follows. Only while the prompt is read."""
         assert self.prompt is not None
-        ids = self.host_ids[row, : self.prompt_length]  # without a cache the answer so far comes after it
-        visual = self.boundary.anatomy.visual_positions(ids)
+        visual = self.host_visual[row, : self.prompt_length]  # without a cache the answer so far comes after it
         text = ~visual if self.host_mask is None else ~visual & self.host_mask[row, : self.prompt_length].bool()
         after = text & (visual.flip(0).cumsum(0).flip(0) == 0)
         columns = (after if bool(after.any()) else text).nonzero()[:, 0]

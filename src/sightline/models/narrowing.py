@@ -174,7 +174,7 @@ class _Narrowing:
         if self.shared is None or any(old is not new for old, new in zip(self.shared[0], source, strict=True)):
             self.shared = source, self._gathered(call, columns, kwargs)
         changed = {**kwargs, **self.shared[1]}
-        if layer + 1 == len(self.boundary.anatomy.layers):
+        if layer == (self.layers[-1] if self.bypass else len(self.boundary.anatomy.layers) - 1):  # the last with a hook
             self.shared = None
         return hidden, changed
 

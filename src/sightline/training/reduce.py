@@ -195,8 +195,9 @@ class Steps(Dataset[Rows]):
 
     def __init__(self, recipe: ReduceRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
         self.recipe, self.method = recipe, recipe.reducer()
+        self.on_films = recipe.on_films
         self.packer = self.text = Packer(tokenizer, recipe.length)
-        if recipe.on_films:
+        if self.on_films:
             self.packer = FilmPacker(tokenizer, recipe.length, recipe.frames)
 
     def __len__(self) -> int:
@@ -207,14 +208,14 @@ class Steps(Dataset[Rows]):
         if not recipe.sees_pictures(step):
             _, questions = joint_step(step, recipe.batch, recipe.seed)
             return Rows(self.text.packed(questions, with_picture=False), questions)
-        if recipe.on_films:
+        if self.on_films:
             return self._films("train", step, 10_000_000 * recipe.seed)
         scenes, questions = joint_step(step, recipe.batch, recipe.seed)
         return self._rows(questions, np.stack([pixels(scene) for scene in scenes]), "train", step)
 
     def validation(self, step: int) -> Rows:
         """Rows of the validation split."""
-        if self.recipe.on_films:
+        if self.on_films:
             return self._films("validation", step, 0)
         scenes, questions = validation_step(step, self.recipe.batch, self.recipe.seed)
         return self._rows(questions, np.stack([pixels(scene) for scene in scenes]), "validation", step)
@@ -342,7 +343,7 @@ def train(
     state = State(out / "state.safetensors", trained)
     first = min(state.resume("joint", optimizer), recipe.steps)
     precision = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16)
-    if first == 0 and not recipe.on_films and not (out / "log.jsonl").exists():
+    if first == 0 and not steps.on_films and not (out / "log.jsonl").exists():
         with precision:
             append_log(out, {"step": 0, "without": validate(model, None, steps, validation_batches)})
     loader = DataLoader(
