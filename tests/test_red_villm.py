@@ -77,6 +77,24 @@ def test_the_parts_their_order_and_the_shared_connector() -> None:
 
 
 @torch.no_grad()
+def test_centred_the_temporal_part_is_what_differs_between_frames_at_full_size() -> None:
+    model = tiny.tiny_model("llava")
+    method, f_tmp = method_with_its_own_connector(model, centred=True)
+    x = 0.01 * clip(5) + clip(1, seed=1)  # what changes is a hundredth of what is seen
+    means = [frame.mean(0) for frame in x]
+    centre = sum(means) / 5
+    changes = torch.stack([mean - centre for mean in means])
+    inputs = changes / changes.square().mean().sqrt() * torch.stack(means).square().mean().sqrt()
+    tokens = method.tokens(frames_of(model, x))
+    torch.testing.assert_close(tokens[PATCHES:], f_tmp(inputs[None])[0], rtol=0, atol=1e-4)
+    plain = RedVillm(weights="untrained").tokens(frames_of(model, x))
+    assert torch.equal(tokens[:PATCHES], plain[:PATCHES])
+
+    still = method.tokens(frames_of(model, clip(1).expand(5, -1, -1)))[PATCHES:]
+    torch.testing.assert_close(still, f_tmp(torch.zeros(1, 5, 32))[0], rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
 def test_a_single_frame_is_the_picture() -> None:
     model = tiny.tiny_model("llava")
     method, f_tmp = method_with_its_own_connector(model)

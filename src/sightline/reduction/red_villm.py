@@ -10,6 +10,12 @@ f_img is the model's own connector. f_tmp has its form and starts with its weigh
 The means are taken in float32. The paper's code has not been published; which part comes first is a setting
 (`order`), because Video-ChatGPT, whose two means these are, puts the temporal part first.
 
+Most of P is the same in all frames, what stands still and what all pictures have in common; what comes and goes is a
+tenth of it on the built-in model, too little for a decoder to learn from. S' has what is common, and so P may be given
+without it (`centred`, not the paper's):
+
+    P' = f_tmp((P - mean of P over T) * rms(P) / rms(P - mean of P over T))
+
 A single frame is a picture: S' is what the model makes of it, and its T = 1 temporal token, for which the prompt has no
 place, is left out unless it is asked for alone. The connector has to be one that maps each patch by itself (an MLP, as
 in Llava): the tokens of P are no grid.
@@ -46,16 +52,18 @@ class RedVillm(FrameReducer):
         parts: which tokens the decoder gets: `both`, or the `spatial` or the `temporal` ones alone.
         order: `spatial first` or `temporal first`.
         shared: the model's connector also for the temporal part, as in Video-ChatGPT; nothing is trained then.
+        centred: give f_tmp what of P differs between the frames, enlarged to P's size.
     """
 
     paper: ClassVar[str] = "red_villm"
     main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("most_frames", (4, 8, 16, 32, 64))
-    structure: ClassVar[tuple[str, ...]] = ()
+    structure: ClassVar[tuple[str, ...]] = ("centred",)
 
     most_frames: int = 100
     parts: Parts = "both"
     order: Order = "spatial first"
     shared: bool = False
+    centred: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +100,8 @@ class RedVillm(FrameReducer):
             parts.append(frames.connected(spatial)[0])
         if self.parts == "temporal" or (self.parts == "both" and len(frames) > 1):
             f_tmp = frames.connected if self.shared else self.module(frames.anatomy)
+            if self.centred:
+                temporal = centred(temporal)
             parts.append(f_tmp(temporal)[0].to(frames.features.dtype))
         return torch.cat(parts[::-1] if self.order == "temporal first" else parts)
 
@@ -104,6 +114,13 @@ def time_mean(frames: Tensor) -> Tensor:
 def space_mean(frames: Tensor) -> Tensor:
     """[T, n, C] -> [T, C], float32."""
     return frames.float().mean(1)
+
+
+def centred(means: Tensor) -> Tensor:
+    """P [1, T, C] less its mean over the T frames, enlarged to P's root mean square; zeros where frames are equal."""
+    changes = means - means.mean(1, keepdim=True)
+    size, whole = changes.square().mean().sqrt(), means.square().mean().sqrt()
+    return changes * (whole / size.clamp(min=1e-4 * whole))  # smaller changes are rounding, which stays small
 
 
 def evenly(length: int, most: int) -> list[int]:
