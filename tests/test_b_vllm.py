@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import families as tiny
@@ -322,6 +323,21 @@ def test_the_loss_reaches_the_selector_through_the_soft_weights() -> None:
     # Text is read by queries only, so that what the last layer makes of the text itself is for nobody.
     last = ("forward_text", "text_norm")
     assert {name for name in silent if not ("layers.1" in name and name.split(".")[3] in last)} == set()
+
+
+@torch.no_grad()
+def test_without_a_text_input_the_question_changes_nothing_and_shares_its_row() -> None:
+    model = tiny.tiny_model("llava")
+    blind = BVllm(**SMALL, qformer_text_input=False)
+    asking = BVllm(**SMALL)
+    sharp(model, asking)  # the same weights serve both
+    assert asking.one_question
+    assert not blind.one_question
+    one, other = (clip_of(model, 6, question=length) for length in (5, 9))
+    assert torch.equal(blind.tokens(one), blind.tokens(other))
+    assert not torch.equal(asking.tokens(one), asking.tokens(other))
+    untold = replace(one, question=one.question[:0])
+    torch.testing.assert_close(blind.tokens(one), asking.tokens(untold), rtol=0, atol=0)
 
 
 def test_the_question_is_cut_on_the_left() -> None:

@@ -383,4 +383,4 @@ def test_models_without_a_connector_of_patches_are_refused(family: str) -> None:
 def test_the_identity_is_no_stride() -> None:
     assert QueCC().identity() == QueCC(stride=0)
     assert QueCC(stride=0).is_identity
-    assert QueCC.one_question
+    assert QueCC().one_question

@@ -85,7 +85,10 @@ class Asked(Pooled):
     """The same, with the mean embedding of the question added."""
 
     paper: ClassVar[str] = "asked"
-    one_question: ClassVar[bool] = True
+
+    @property
+    def one_question(self) -> bool:
+        return True
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         told = torch.stack([call.question(row).mean(dim=0) for row in range(call.rows)])

@@ -80,7 +80,6 @@ class ATPLlava(TrainedReducer, LayerReducer):
 
     paper: ClassVar[str] = "atp_llava"
     structure: ClassVar[tuple[str, ...]] = ("module_layers", "rates", "lambda_sample")
-    one_question: ClassVar[bool] = True
     main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("strictness", (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0))
 
     module_layers: tuple[int, ...] | None = None
@@ -104,6 +103,10 @@ class ATPLlava(TrainedReducer, LayerReducer):
         places = self.module_layers
         if places is not None and list(places) != sorted(set(places)):
             raise InputError(f"module_layers of {self.paper} must be different layers in order, not {places!r}")
+
+    @property
+    def one_question(self) -> bool:
+        return True
 
     @property
     def is_identity(self) -> bool:

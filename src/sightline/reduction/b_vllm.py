@@ -23,6 +23,10 @@ too, so that two answers to one question differ; here it is on in training (`noi
 read by BERT's tokenizer and embeddings; here by the decoder's. There short clips are padded with black frames, which
 can be selected; here they are not padded.
 
+The paper's Q-Formers begin with InstructBLIP's weights, which had learned from BLIP-2's, and those to see pictures
+without a text. What begins with no weights takes the same way: trained first with `qformer_text_input=False`, where a
+picture's questions share a row, and then, from those weights, with the question.
+
 The selection is computed in float32.
 """
 
@@ -190,12 +194,13 @@ class BVllm(FrameReducer):
         heads: of the Q-Formers.
         frame_vector: what the selection knows of a frame: the tower's [CLS] vector (`cls`, published; the mean where
             there is none) or the `mean` of its patches.
+        qformer_text_input: whether the Q-Formers read the question, as InstructBLIP's do, or see pictures alone, as
+            BLIP-2's do.
     """
 
     paper: ClassVar[str] = "b_vllm"
     main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("queries", (2, 4, 8, 16, 32))
     structure: ClassVar[tuple[str, ...]] = ("selected", "queries", "width", "layers", "heads", "frame_vector")
-    one_question: ClassVar[bool] = True
 
     selected: int = 16
     queries: int = 32
@@ -208,6 +213,7 @@ class BVllm(FrameReducer):
     layers: int = 2
     heads: int = 4
     frame_vector: FrameVector = "cls"
+    qformer_text_input: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +239,10 @@ class BVllm(FrameReducer):
         reading = cls_vector(anatomy) if self.frame_vector == "cls" else None
         return super().readings(anatomy) | ({} if reading is None else {CLS_VECTOR: reading})
 
+    @property
+    def one_question(self) -> bool:
+        return self.qformer_text_input
+
     def _vector_width(self, anatomy: Anatomy) -> int:
         if CLS_VECTOR in self.readings(anatomy):
             return int(anatomy.vision_config.hidden_size)
@@ -254,6 +264,8 @@ class BVllm(FrameReducer):
         module = self.module(frames.anatomy)
         assert isinstance(module, BalancedSampler)
         seen, question = frames.tower.float(), frames.question.float()
+        if not self.qformer_text_input:
+            question = question[:0]
         vectors = frames.readings[CLS_VECTOR].float() if CLS_VECTOR in frames.readings else seen.mean(1)
         with torch.autocast(seen.device.type, enabled=False):
             affinity = module.affinity(question, vectors)

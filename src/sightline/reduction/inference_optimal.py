@@ -123,7 +123,6 @@ class QueCC(TrainedReducer):
     main_strength: ClassVar[tuple[str, tuple[float, ...]]] = ("stride", (1, 2, 5, 10))
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})
     structure: ClassVar[tuple[str, ...]] = ("stride", "num_heads", "multi_layers")
-    one_question: ClassVar[bool] = True
 
     stride: int = 4
     num_heads: int = 8
@@ -138,6 +137,10 @@ class QueCC(TrainedReducer):
             raise InputError(
                 f"multi_layers of inference_optimal must be shares of the tower's depth between 0 and 1, not {shares!r}"
             )
+
+    @property
+    def one_question(self) -> bool:
+        return True
 
     @property
     def is_identity(self) -> bool:

@@ -84,8 +84,6 @@ class TrainedReducer(Method):
 
     structure: ClassVar[tuple[str, ...]] = ()
     """The fields that fix the shapes of the weights: they are read back with them."""
-    one_question: ClassVar[bool] = False
-    """Whether the reduction depends on the question, so that a row of training holds only one."""
     frames: ClassVar[bool] = False
     """Whether it reduces across the pictures of a row, and so is trained on films."""
 
@@ -96,6 +94,11 @@ class TrainedReducer(Method):
             raise InputError(
                 f"weights of {self.paper} must be '{AUTO}', '{UNTRAINED}' or the path of a file, not {self.weights!r}"
             )
+
+    @property
+    def one_question(self) -> bool:
+        """Whether the reduction depends on the question, so that a row of training holds only one."""
+        return False
 
     @abstractmethod
     def build(self, anatomy: Anatomy) -> nn.Module:
