@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_reduction import RESULTS, write
+from measure_reduction import RESULTS, recipe_of, write
 from rich.progress import track
 
 from sightline.benchmarks.flops import DecoderShape, costs_of, stock_cost
 from sightline.benchmarks.item import Answer, get_benchmark
-from sightline.files import read_json
 from sightline.methods import attach, parse_methods
 from sightline.models.answering import prepare, reply
 from sightline.models.loading import load
@@ -76,12 +75,9 @@ def line(
     scores = benchmark.scores(temporal)
     both = {row["id"] for row in temporal} & {row["id"] for row in known}
     pair = [[row for row in some if row["id"] in both] for some in (known, temporal)]
-    recipe: dict[str, Any] = read_json(folder / "recipe.json")
-    started_from = Path(recipe["model"]).parent.name or recipe["model"]
     return {
         "checkpoint": folder.name,
-        "started_from": started_from,
-        "recipe": recipe | {"model": started_from, "method": recipe["method"].partition(",weights")[0]},
+        "recipe": recipe_of(folder),
         "method": method,
         "frames": frames,
         "n": len(temporal),

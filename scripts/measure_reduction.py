@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sightline.files import read_json
+
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SWEPT = (
@@ -29,16 +31,20 @@ SWEPT = (
     "fopru:strategy=row",
 )
 SWEPT += ("simvlg", "visionzip", "tome", "fastv")
+B_VLLM = "b_vllm:selected=8,queries=16,order=time,width=128"
+BLIND = f"{B_VLLM},qformer_text_input=False"
 RANDOM_16 = ["random_dropping:keep=0.16,positions=kept"]
 SETTINGS = {
     "mqt": [f"mqt:max_tokens=100,num_heads=8,tokens={tokens}" for tokens in (100, 36, 16, 4, 1)] + RANDOM_16,
     "voco_llama": ["voco_llama:tokens=2", "random_dropping:keep=0.02,positions=kept"],
     "inference_optimal": ["inference_optimal:num_heads=8,stride=2", "random_dropping:keep=0.25,positions=kept"],
-    "b_vllm": ["b_vllm:selected=8,queries=16,order=time,width=128", *RANDOM_16],
+    BLIND: [BLIND, *RANDOM_16],
+    "b_vllm": [B_VLLM, *RANDOM_16],
     "videollm_mod": ["videollm_mod", "random_dropping:keep=0.68,positions=kept"],
     "atp_llava": [f"atp_llava:strictness={strictness}" for strictness in (0, -1, 1)],
 }
-"""What each trained method is asked with, and dropping about as many tokens at random on the same checkpoint."""
+"""By a recipe's whole setting or a method's name: what it is asked with, and dropping about as many tokens at random on
+the same checkpoint."""
 
 
 def training_free() -> Iterator[str]:
@@ -67,10 +73,17 @@ def measure(model: str, entries: Sequence[str], out: Path, items: int) -> list[d
 
 def trained(folder: Path, out: Path, items: int) -> list[dict[str, Any]]:
     """The lines of one checkpoint, with what it was trained by."""
-    recipe = json.loads((folder / "recipe.json").read_text())
-    settings = SETTINGS[recipe["method"].partition(":")[0]]
+    recipe = recipe_of(folder)
+    settings = SETTINGS.get(recipe["method"]) or SETTINGS[recipe["method"].partition(":")[0]]
     lines = measure(str(folder / "checkpoint"), ["none", *settings], out / folder.name, items)
     return [{**line, "model": folder.name, "recipe": recipe} for line in lines]
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """What made a checkpoint, with the run that it started from by its name."""
+    recipe: dict[str, Any] = read_json(folder / "recipe.json")
+    started_from = Path(recipe["model"]).parent.name or recipe["model"]
+    return recipe | {"model": started_from, "method": recipe["method"].partition(",weights")[0]}
 
 
 def main() -> None:
