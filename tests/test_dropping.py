@@ -214,6 +214,18 @@ def test_the_cache_holds_the_kept_tokens_and_no_other(name: str, family: str, po
         assert [layer.values.shape[-2] for layer in out.past_key_values.layers] == [filled] * len(anatomy.layers)
 
 
+@pytest.mark.parametrize("positions", ["compact", "kept"])
+@pytest.mark.parametrize("family", ["gemma3", "llava_next"])
+def test_windows_that_are_shorter_than_the_prompt_count_what_is_left(family: str, positions: str) -> None:
+    """Step by step from the cache, which holds nothing else, and read anew at every step."""
+    model = tiny.tiny_model(family, text_config=dict(sliding_window=12))
+    batch = tiny.inputs(family, model, images_per_row=[2, 1, 1])
+    with sl.attach(model, EveryOther(positions=positions)):
+        cached, anew = (generate(model, batch, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, anew.sequences)
+    torch.testing.assert_close(logits(cached), logits(anew), atol=1e-4, rtol=1e-4)
+
+
 @each_reducer
 def test_a_batch_is_cut_to_its_longest_row(name: str, family: str) -> None:
     model, anatomy = model_of(family), anatomy_of(family)

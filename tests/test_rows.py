@@ -227,6 +227,27 @@ def test_a_square_mask_loses_the_same_queries_and_keys(seed: int, rows: int) -> 
     assert both["sliding_attention"] is None
 
 
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_that_slide_see_a_window_of_what_is_left(seed: int, additive: bool) -> None:
+    view, window = random_view(seed), 3
+    short, columns = view.keeping(random_keep(view, seed), compact=True)
+    whole = random_square(seed, 4, 12)
+    back = torch.arange(12)[:, None] - torch.arange(12)
+    sliding = whole & ((back < window) | (torch.rand(12, 12, generator=torch.Generator().manual_seed(seed)) < 0.1))
+    was_seen, want = (slow_square(mask, columns, short.real) for mask in (sliding, whole))
+    for row, square in enumerate(want):
+        for query, keys in enumerate(square):
+            for key in range(len(keys)):
+                near = 0 <= query - key < window
+                keys[key] = was_seen[row][query][key] or (keys[key] and near)
+    masks = {"full_attention": whole, "sliding_attention": sliding}
+    if additive:
+        masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, CLOSED) for kind, mask in masks.items()}
+    got = gather_mask(masks, columns, short.real, window)["sliding_attention"]
+    assert (got.eq(0) if additive else got)[:, 0].tolist() == want
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(4, 12, dtype=torch.long)], ids=["none", "2-D"])
 def test_a_mask_by_row_becomes_what_is_real_also_when_there_was_none(mask: Any) -> None:
     view = random_view(1)

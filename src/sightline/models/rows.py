@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 AttentionMask = Any
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in a dict of masks."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,32 @@ def map_mask(mask: AttentionMask, change: Callable[[Tensor | None], Tensor | Non
     return change(mask)
 
 
-def gather_mask(mask: AttentionMask, columns: Tensor, real: Tensor) -> AttentionMask:
+def gather_mask(mask: AttentionMask, columns: Tensor, real: Tensor, window: int | None = None) -> AttentionMask:
     """The mask of a prompt of which only `columns` [B, T] are left, of which `real` [B, T] are no padding.
 
     A 2-D mask, or none, becomes the 2-D mask `real`: with None, positions that have gaps would be taken for several
-    prompts in one row.
+    prompts in one row. Layers that slide see so many columns (`window`) of those that are left, as they do of the cache
+    later on.
     """
     if not isinstance(mask, dict) and (mask is None or mask.ndim == 2):
         return real.long()
-    return map_mask(mask, lambda one: None if one is None else hide_keys(gather_square(one, columns), ~real))
+    left = map_mask(mask, lambda one: None if one is None else hide_keys(gather_square(one, columns), ~real))
+    if isinstance(left, dict) and window is not None and (whole := left.get(FULL)) is not None:
+        sliding = left.get(SLIDING)
+        if sliding is not None:
+            back = torch.arange(columns.shape[1], device=columns.device)
+            back = back[:, None] - back
+            left[SLIDING] = _either(sliding, _closed(whole, (back < 0) | (back >= window)))
+    return left
+
+
+def _closed(mask: Tensor, hidden: Tensor) -> Tensor:
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def _either(one: Tensor, other: Tensor) -> Tensor:
+    """What one of two masks shows."""
+    return one | other if one.dtype == torch.bool else torch.maximum(one, other)
 
 
 def gather_square(mask: Tensor, columns: Tensor) -> Tensor:
@@ -125,8 +144,7 @@ def hide_keys(mask: Tensor, hidden: Tensor) -> Tensor:
     closed = hidden[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
     queries, keys = mask.shape[-2:]
     itself = torch.arange(keys, device=mask.device) == torch.arange(keys - queries, keys, device=mask.device)[:, None]
-    closed = closed & ~itself
-    return mask & ~closed if mask.dtype == torch.bool else mask.masked_fill(closed, torch.finfo(mask.dtype).min)
+    return _closed(mask, closed & ~itself)
 
 
 def causal(rows: int, queries: int, keys: int, device: torch.device) -> Tensor:

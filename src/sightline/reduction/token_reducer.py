@@ -47,8 +47,8 @@ class TokenReducer(Method):
     Args:
         keep: share of each image's visual tokens that is kept, in (0, 1]; at least one token. 1 is the stock model.
         positions: `compact` numbers the shortened prompt anew, as if the dropped tokens had never been; `kept` leaves
-            the positions of the survivors as they were, which equals masking the dropped ones. Multi-axis positions
-            (Qwen-VL) are always kept.
+            the positions of the survivors as they were, which equals masking the dropped ones (but for layers that
+            slide: their windows count what is left). Multi-axis positions (Qwen-VL) are always kept.
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})
@@ -61,6 +61,7 @@ class TokenReducer(Method):
     positions: Literal["compact", "kept"] = "compact"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "keep", 0, 1, low_open=True)
         if self.positions not in ("compact", "kept"):
             raise InputError(f"positions of {self.paper} must be 'compact' or 'kept', not {self.positions!r}")
