@@ -331,6 +331,35 @@ def test_later_frames_change_nothing_that_was_read(model: Any) -> None:
     assert not torch.equal(one, two)
 
 
+@torch.no_grad()
+def test_a_forward_that_broke_off_leaves_nothing_behind(model: Any) -> None:
+    """In the middle of a layer, as when the memory is full: other prompts and older caches go on as if it had not."""
+    batch = tiny.inputs("llava", model)
+    text = tiny.inputs("llava", model, images_per_row=0)
+    stock = model(**text).logits
+    new = torch.full((len(batch["input_ids"]), 1), 5)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], dim=1)
+
+    def break_off(module: Any, args: Any) -> None:
+        raise MemoryError
+
+    with attach(model, VideoLLMMoD(r=0.3, weights="untrained")):
+        caches = [model(**batch, use_cache=True).past_key_values for _ in range(2)]
+        expected = model(input_ids=new, attention_mask=mask, past_key_values=caches[0]).logits
+        layer: Any = Anatomy.of(model).layers[1]
+        handle = layer.mlp.register_forward_pre_hook(break_off)
+        with pytest.raises(MemoryError):
+            model(**batch)
+        handle.remove()
+        assert torch.equal(model(**text).logits, stock)
+        handle = layer.mlp.register_forward_pre_hook(break_off)
+        with pytest.raises(MemoryError):
+            model(**batch)
+        handle.remove()
+        went_on = model(input_ids=new, attention_mask=mask, past_key_values=caches[1]).logits
+    assert torch.equal(went_on, expected)
+
+
 # --- Errors ---
 
 
@@ -356,3 +385,8 @@ def test_models_that_do_not_fit_are_refused() -> None:
     for family in ("qwen2_vl", "paligemma"):
         with pytest.raises(InputError, match=f"a film cannot be read frame by frame with {family}"):
             FrameStream(tiny.tiny_model(family), VideoLLMMoD(weights="untrained"))
+    stream = FrameStream(tiny.tiny_model("llava"), VideoLLMMoD(weights="untrained"))
+    with pytest.raises(InputError, match="no frames to read"):
+        stream.frames(pixel_values=torch.zeros(0, 3, 16, 16))
+    with pytest.raises(InputError, match="no tokens to read"):
+        stream.text(torch.zeros(1, 0, dtype=torch.long))

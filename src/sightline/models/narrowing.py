@@ -144,7 +144,7 @@ class _Narrowing:
 
     def before(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call = self.boundary.acting
+            call, self.passing = self.boundary.acting, None  # a forward that broke off may have left something
             if call is None:
                 return None
             if not call.reading_prompt:
@@ -219,9 +219,10 @@ class _Narrowing:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """What a bypassed layer gave, among the columns that passed it by."""
-        if self.passing is None:
+        passing, self.passing = self.passing, None
+        if passing is None:
             return None
-        (hidden, places, columns, gate), self.passing = self.passing, None
+        hidden, places, columns, gate = passing
         wide = places[..., None].expand(-1, -1, hidden.shape[-1])
         came = hidden.gather(1, wide)
         if gate is not None:

@@ -189,7 +189,8 @@ def drawn(layer: int, frames: Tensor, place: Tensor) -> Tensor:
 
 class FrameStream:
     """Reads a film as it comes, frame by frame and text in between, into one cache that no method has to be attached
-    for. What it gives equals the method's reading of the whole prompt.
+    for. What it gives equals the method's reading of the whole prompt. A frame is one picture to the tower: an image
+    that the processor cuts into tiles is as many frames here, and one to the method.
 
         stream = FrameStream(model, VideoLLMMoD())
         stream.text(ids)
@@ -220,12 +221,16 @@ class FrameStream:
     @torch.no_grad()
     def text(self, ids: Tensor) -> Tensor:
         """Reads tokens [1, n] and gives the next-token logits [1, vocabulary]."""
+        if not ids.numel():
+            raise InputError("there are no tokens to read: give one or more")
         embed: Any = self.anatomy.model.get_input_embeddings()
         return self._read(embed(ids), frame=None)
 
     @torch.no_grad()
     def frames(self, **pictures: Tensor) -> Tensor:
         """Reads frames one by one, given as the model's own image inputs, and gives the logits behind the last."""
+        if any(len(given) == 0 for given in pictures.values()):
+            raise InputError("there are no frames to read: give one or more")
         for features in self.anatomy.base.get_image_features(**pictures, return_dict=True).pooler_output:
             logits = self._read(features[None], frame=self._shown)
             self._shown += 1
