@@ -15,6 +15,7 @@ from torch import Tensor
 from sightline.errors import InputError
 from sightline.grounding.vista import Vista
 from sightline.methods import attach
+from sightline.reduction.voco_llama import VoCo
 
 LAYERS = 5
 DEEP: dict[str, Any] = dict(text_config=dict(num_hidden_layers=LAYERS))
@@ -248,6 +249,17 @@ def test_a_row_without_a_picture_has_no_direction_whatever_rounding_does() -> No
     real = batch["attention_mask"][1].bool()
     torch.testing.assert_close(steered[1][real], stock[1][real], atol=1e-5, rtol=0)
     assert (steered[0, -1] - stock[0, -1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_what_rounding_alone_tells_apart_is_no_direction() -> None:
+    """VoCo's text sees no picture in the first layer: what a row is steered by must not depend on its batch."""
+    model = tiny.tiny_model("llava")
+    methods = VoCo(tokens=2, weights="untrained"), Vista(gamma=0.0)
+    with attach(model, *methods):
+        together = model(**tiny.inputs("llava", model)).logits[:, -1]
+        alone = [model(**tiny.single("llava", model, row)).logits[0, -1] for row in range(len(together))]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-3, rtol=0)
 
 
 # --- Whole answers ---

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sightline.models.call import Call
 
 
+ROUNDING = 1e-5
+"""Two readings that differ by a smaller share of their length are the same."""
+
+
 @dataclass(frozen=True)
 class HiddenSteering(Method):
     """Steers a part of every decoder layer; the paper's file writes `direction` and `steer`.
@@ -50,10 +54,13 @@ class HiddenSteering(Method):
 
     def before_prompt(self, call: Call) -> None:
         if self not in call.memory:
-            direction = self.direction(*layer_outputs(call))
-            # Without a picture both readings are the same but for rounding, which must not become a direction.
+            full, text = (outputs.float() for outputs in layer_outputs(call))
+            # Where the picture is not seen (by a prompt that has none, or by VoCo's text in the first layer) both
+            # readings are the same but for rounding, which must not become a direction.
+            alike = (full - text).norm(dim=-1) <= ROUNDING * full.norm(dim=-1)
             if call.bare is not None:
-                direction = direction.masked_fill(call.bare[:, None, None], 0.0)
+                alike = alike | call.bare[:, None]
+            direction = self.direction(full, text).masked_fill(alike[..., None], 0.0)
             call.memory[self] = direction[:, :, None].unbind(dim=1)
 
     def _push(self, layer: int) -> Callable[[Call, Tensor], Tensor | None]:
