@@ -380,6 +380,13 @@ def test_models_without_a_connector_of_patches_are_refused(family: str) -> None:
         sl.attach(tiny.tiny_model(family), untrained())
 
 
+@pytest.mark.parametrize(("side", "stride"), [(24, 4), (10, 2), (9, 3), (7, 1)])
+def test_the_stride_is_the_papers_or_the_largest_below_that_divides_the_grid(side: int, stride: int) -> None:
+    model = tiny.tiny_model("llava", vision_config=dict(image_size=4 * side, patch_size=4))
+    assert QueCC().settled(Anatomy.of(model)) == QueCC(stride=stride)
+    assert QueCC(stride=1).settled(Anatomy.of(model)) == QueCC(stride=1)
+
+
 def test_the_identity_is_no_stride() -> None:
     assert QueCC().identity() == QueCC(stride=0)
     assert QueCC(stride=0).is_identity

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sightline as sl
 from sightline.errors import InputError
+from sightline.methods import parse_methods
 from sightline.models.anatomy import Anatomy
 from sightline.reduction.mqt import MQT, Resampler, position_table
 from sightline.reduction.trained_reducer import FILE, hold, save
@@ -188,7 +189,7 @@ def test_only_what_was_trained_nested_can_be_cut() -> None:
 
 def test_the_defaults_and_what_fixes_the_weights() -> None:
     assert dataclasses.asdict(MQT()) == dict(
-        tokens=16, max_tokens=256, num_heads=16, width=0, key_mode="content+position", nested=True, weights="auto"
+        tokens=16, max_tokens=None, num_heads=16, width=0, key_mode="content+position", nested=True, weights="auto"
     )
     assert MQT(tokens=0).is_identity
     assert MQT().identity() == MQT(tokens=0)
@@ -292,6 +293,37 @@ def test_saved_weights_are_read_back_and_only_by_the_settings_that_made_them(tmp
             dataclasses.replace(method, weights=str(tmp_path), **changed).module(anatomy)
     with pytest.raises(InputError, match="mqt needs weights that were learned for this model"):
         sl.attach(model, MQT(tokens=4, max_tokens=16, num_heads=4))
+
+
+def test_as_many_queries_as_a_picture_has_room_for_unless_told() -> None:
+    model = tiny.tiny_model("llava")  # 16 visual tokens a picture
+    assert MQT().settled(Anatomy.of(model)) == MQT(max_tokens=16)
+    assert MQT(tokens=4, max_tokens=9).settled(Anatomy.of(model)) == MQT(tokens=4, max_tokens=9)
+    wide = tiny.tiny_model("llava", vision_config=dict(image_size=168, patch_size=7))  # 576, as LLaVA-1.5
+    assert MQT().settled(Anatomy.of(wide)) == MQT(max_tokens=256)
+    assert parse_methods("mqt:max_tokens=none") == (MQT(),)
+    assert parse_methods("mqt:max_tokens=16") == (MQT(max_tokens=16),)
+    with sl.attach(model, MQT(tokens=5, weights="untrained")) as attachment:
+        model(**tiny.inputs("llava", model))
+    assert set(attachment.visual_tokens) == {5}
+    with pytest.raises(InputError, match=r"tokens of mqt must lie in \[0, 16\], not 20"):
+        sl.attach(model, MQT(tokens=20, weights="untrained"))
+
+
+def test_weights_that_were_replaced_are_read_anew(tmp_path: Path) -> None:
+    model = tiny.tiny_model("llava")
+    anatomy, batch = Anatomy.of(model), tiny.inputs("llava", model)
+    method = dataclasses.replace(untrained(4), weights=str(tmp_path))
+
+    def answered(seed: int) -> Tensor:
+        save(method, method.fresh(anatomy, seed=seed), tmp_path)
+        with sl.attach(model, method), torch.no_grad():
+            logits: Tensor = model(**batch).logits[:, -1]
+        return logits
+
+    one, other = answered(1), answered(2)
+    assert (one - other).abs().max() > 0.01
+    assert torch.equal(answered(1), one)
 
 
 # --- Errors ---

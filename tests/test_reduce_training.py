@@ -535,6 +535,9 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
         ("pooled", {"batch": 0}, "batch must be 1 or more, not 0"),
         ("pooled", {"text_only_every": -1}, "text_only_every must be 0 or more, not -1"),
         ("mean_frame", {"frames": 4}, r"frames must be 1, for pictures, or lie in \[16, 2048\], not 4"),
+        ("pooled", {"learning_rate": float("nan")}, "learning_rate must be a number from 0 on, not nan"),
+        ("pooled", {"module_learning_rate": -1.0}, "module_learning_rate must be a number from 0 on, not -1.0"),
+        ("mean_frame", {"frames": 1000}, "of 16 films of 1000 frames a step would take 161 GB, and at most 4 are"),
         ("v2pe", {"train_decoder": False}, "v2pe has no weights of its own: without the decoder"),
     ],
 )

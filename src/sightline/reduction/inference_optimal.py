@@ -112,8 +112,8 @@ class QueCC(TrainedReducer):
 
     Args:
         stride: s, the side in patches of the windows that become a token each: 4, 6, 8, 12 and 24 in the paper, for 36,
-            16, 9, 4 and 1 token of 24 x 24 patches. It divides both sides of the tower's grid; 0 leaves the model's own
-            connector on.
+            16, 9, 4 and 1 token of 24 x 24 patches. It divides both sides of the tower's grid; None: 4, or the largest
+            below that does. 0 leaves the model's own connector on.
         num_heads: attention heads; they divide the tower's width. 8 in the paper.
         multi_layers: X_m, the layers of the tower whose outputs the keys and values are made of, as shares of its depth
             in (0, 1); the paper's are layers 12, 16, 22 and 23 of 24. Shares of one layer are that layer once.
@@ -124,13 +124,14 @@ class QueCC(TrainedReducer):
     changes: ClassVar[frozenset[str]] = frozenset({"which visual tokens reach the decoder"})
     structure: ClassVar[tuple[str, ...]] = ("stride", "num_heads", "multi_layers")
 
-    stride: int = 4
+    stride: int | None = None
     num_heads: int = 8
     multi_layers: tuple[float, ...] = (0.5, 0.667, 0.917, 0.958)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range(self, "stride", 0, 1024, whole=True)
+        if self.stride is not None:
+            in_range(self, "stride", 0, 1024, whole=True)
         in_range(self, "num_heads", 1, 1024, whole=True)
         shares = self.multi_layers
         if not (isinstance(shares, tuple) and shares and all(isinstance(one, float) and 0 < one < 1 for one in shares)):
@@ -148,6 +149,12 @@ class QueCC(TrainedReducer):
 
     def identity(self) -> Self:
         return replace(self, stride=0)
+
+    def settled(self, anatomy: Anatomy) -> Self:
+        if self.stride is not None:
+            return self
+        rows, columns = anatomy.picture_grid
+        return replace(self, stride=max(side for side in (1, 2, 3, 4) if rows % side == columns % side == 0))
 
     def check(self, anatomy: Anatomy) -> None:
         connector_input(self.paper, anatomy)
@@ -175,7 +182,9 @@ class QueCC(TrainedReducer):
     def build(self, anatomy: Anatomy) -> QuestionConnector:
         channels, layers = anatomy.connector_width, len(self._layers(anatomy))
         multi = layers * int(anatomy.vision_config.hidden_size) if layers else channels
-        return QuestionConnector(channels, multi, int(anatomy.text_config.hidden_size), self.stride, self.num_heads)
+        stride = self.settled(anatomy).stride
+        assert stride is not None
+        return QuestionConnector(channels, multi, int(anatomy.text_config.hidden_size), stride, self.num_heads)
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy = call.boundary.anatomy

@@ -111,7 +111,8 @@ class MQT(TrainedReducer):
 
     Args:
         tokens: m, in [0, max_tokens]; 0 leaves the model's own connector on. The paper reports 2 to 256.
-        max_tokens: M, a square number, 256 in the paper; at most the visual tokens of a picture.
+        max_tokens: M, a square number, at most the visual tokens of a picture. None: the paper's 256, or the largest
+            square below, where a picture has fewer.
         num_heads: attention heads; 16 in the paper.
         width: of queries, keys and values, a multiple of four and of `num_heads`; 0 takes the tower's own, as in the
             paper, where it is 1024.
@@ -128,7 +129,7 @@ class MQT(TrainedReducer):
     structure: ClassVar[tuple[str, ...]] = ("max_tokens", "num_heads", "width", "key_mode")
 
     tokens: int = 16
-    max_tokens: int = 256
+    max_tokens: int | None = None
     num_heads: int = 16
     width: int = 0
     key_mode: Literal["position", "content+position"] = "content+position"
@@ -136,16 +137,15 @@ class MQT(TrainedReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range(self, "max_tokens", 4, 16_384, whole=True)
-        in_range(self, "tokens", 0, self.max_tokens, whole=True)
+        if self.max_tokens is not None:
+            in_range(self, "max_tokens", 4, 16_384, whole=True)
+        in_range(self, "tokens", 0, self.max_tokens or 256, whole=True)
         in_range(self, "num_heads", 1, 1024, whole=True)
         in_range(self, "width", 0, 65_536, whole=True)
-        if isqrt(self.max_tokens) ** 2 != self.max_tokens:
+        if self.max_tokens is not None and isqrt(self.max_tokens) ** 2 != self.max_tokens:
             raise InputError(f"max_tokens of mqt must be a square number (64, 144, 256, ...), not {self.max_tokens!r}")
         if self.key_mode not in KEY_MODES:
             raise unknown("key_mode of mqt", str(self.key_mode), KEY_MODES)
-        if not isinstance(self.nested, bool):
-            raise InputError(f"nested of mqt must be true or false, not {self.nested!r}")
 
     @property
     def is_identity(self) -> bool:
@@ -154,7 +154,14 @@ class MQT(TrainedReducer):
     def identity(self) -> Self:
         return replace(self, tokens=0)
 
+    def settled(self, anatomy: Anatomy) -> Self:
+        if self.max_tokens is not None:
+            return self
+        rows, columns = anatomy.picture_grid
+        return replace(self, max_tokens=isqrt(min(rows * columns, 256)) ** 2)
+
     def per_step(self, rng: random.Random) -> Self:
+        assert self.max_tokens is not None
         return replace(self, tokens=rng.randrange(2, self.max_tokens + 1, 2) if self.nested else self.max_tokens)
 
     def check(self, anatomy: Anatomy) -> None:
@@ -165,7 +172,7 @@ class MQT(TrainedReducer):
                 f"width of mqt must be a multiple of four and of num_heads ({self.num_heads}), and {width} is not"
             )
         rows, columns = anatomy.picture_grid
-        if self.max_tokens > rows * columns:
+        if self.max_tokens is not None and self.max_tokens > rows * columns:
             raise InputError(
                 f"max_tokens of mqt must be at most the visual tokens of a picture, here {rows * columns}, not "
                 f"{self.max_tokens}"
@@ -177,9 +184,9 @@ class MQT(TrainedReducer):
 
     def build(self, anatomy: Anatomy) -> Resampler:
         channels, out_width = anatomy.connector_width, int(anatomy.text_config.hidden_size)
-        return Resampler(
-            channels, self.width or channels, out_width, self.max_tokens, self.num_heads, key_mode=self.key_mode
-        )
+        max_tokens = self.settled(anatomy).max_tokens
+        assert max_tokens is not None
+        return Resampler(channels, self.width or channels, out_width, max_tokens, self.num_heads, self.key_mode)
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy = call.boundary.anatomy

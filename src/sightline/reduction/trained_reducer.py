@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from sightline.errors import InputError
 from sightline.methods import Method
-from sightline.models.anatomy import TowerReading
+from sightline.models.anatomy import Anatomy, TowerReading
 from sightline.models.call import Reduced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sightline.models.anatomy import Anatomy
     from sightline.models.call import Call, Encoded
 
 FILE = "reducer.safetensors"
@@ -90,6 +89,7 @@ class TrainedReducer(Method):
     weights: str = dataclasses.field(default=AUTO, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (isinstance(self.weights, str) and self.weights):
             raise InputError(
                 f"weights of {self.paper} must be '{AUTO}', '{UNTRAINED}' or the path of a file, not {self.weights!r}"
@@ -104,6 +104,10 @@ class TrainedReducer(Method):
     def build(self, anatomy: Anatomy) -> nn.Module:
         """The module with fresh weights, for this model."""
 
+    def settled(self, anatomy: Anatomy) -> Self:
+        """The same with what it leaves to the model filled in."""
+        return self
+
     def per_step(self, rng: random.Random) -> Self:
         """The settings of one training step."""
         return self
@@ -114,8 +118,13 @@ class TrainedReducer(Method):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        if not self.is_identity:
-            self.module(anatomy)
+        if self.is_identity:
+            return
+        # Since it was loaded the file may have been replaced, or the model moved to another device.
+        held, key = _HELD.get(anatomy.model, {}), self.settled(anatomy)._key(self.weights)
+        if key in held and held[key][1] != self._stamp(anatomy):
+            del held[key]
+        self.module(anatomy).to(anatomy.model.device)
 
     def module(self, anatomy: Anatomy) -> nn.Module:
         """The module in use on this model: the one that `hold` was given, or that of `weights`.
@@ -124,21 +133,32 @@ class TrainedReducer(Method):
             InputError: if there is none, or one for other settings or for another model.
         """
         held = _HELD.setdefault(anatomy.model, {})
-        shape = tuple(getattr(self, name) for name in self.structure)
-        for key in ((self.paper, None, shape), (self.paper, self.weights, shape)):
-            if key in held:
-                return held[key]
+        own, loaded = self.settled(anatomy)._key(None), self.settled(anatomy)._key(self.weights)
+        if own in held or loaded in held:
+            return held[own if own in held else loaded][0]
         module = self.fresh(anatomy)
         if self.weights != UNTRAINED:
-            self._load(module, self._file(anatomy))
+            self.settled(anatomy)._load(module, self._file(anatomy))
         module.requires_grad_(False).eval()
-        return held.setdefault((self.paper, self.weights, shape), module.to(anatomy.model.device))
+        held[loaded] = module.to(anatomy.model.device), self._stamp(anatomy)
+        return module
+
+    def _key(self, weights: str | None) -> tuple[Any, ...]:
+        return self.paper, weights, *(getattr(self, name) for name in self.structure)
 
     def fresh(self, anatomy: Anatomy, *, seed: int = 0) -> nn.Module:
         """`build` with a seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build(anatomy)
+
+    def _stamp(self, anatomy: Anatomy) -> tuple[Any, ...]:
+        """What changes when the file of the weights does."""
+        if self.weights == UNTRAINED:
+            return ()
+        file = self._file(anatomy)
+        about = file.stat()
+        return file, about.st_mtime_ns, about.st_size
 
     def _file(self, anatomy: Anatomy) -> Path:
         given = str(anatomy.model.name_or_path) if self.weights == AUTO else self.weights
@@ -180,19 +200,19 @@ class TrainedReducer(Method):
             raise InputError(f"the weights in {file} were learned for another model: {reason}") from error
 
 
-_HELD: weakref.WeakKeyDictionary[Any, dict[tuple[str, str | None, tuple[Any, ...]], nn.Module]] = (
+_HELD: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[nn.Module, tuple[Any, ...]]]] = (
     weakref.WeakKeyDictionary()
 )
+"""Of each model the modules in use on it, and of which state of their file they are."""
 
 
 def hold(model: PreTrainedModel, method: TrainedReducer, module: nn.Module | None) -> None:
     """Makes a module the one that this method uses on a model, whatever its `weights` say; None lets go of it."""
-    held = _HELD.setdefault(model, {})
-    key = (method.paper, None, tuple(getattr(method, name) for name in method.structure))
+    held, key = _HELD.setdefault(model, {}), method.settled(Anatomy.of(model))._key(None)
     if module is None:
         held.pop(key, None)
     else:
-        held[key] = module
+        held[key] = module, ()
 
 
 def save(method: TrainedReducer, module: nn.Module, folder: Path) -> Path:

@@ -18,6 +18,7 @@ Step `s` always sees the same rows, so a killed run resumes where its last check
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -55,6 +56,9 @@ from sightline.training.run import State, append_log, checkpoint_folder, claim, 
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, ProcessorMixin
+
+LARGEST_MASK = 4
+"""GB of the mask of a step's rows, which says of every two columns of each row whether one sees the other."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,20 @@ class ReduceRecipe:
         for name, low in (("steps", 1), ("batch", 1), ("text_only_every", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be {low} or more, not {getattr(self, name)}")
+        for name in ("learning_rate", "module_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number from 0 on, not {getattr(self, name)!r}")
         method = self.reducer()
         low, high = FILM_FRAMES
         if across_pictures(method) and self.frames != 1 and not low <= self.frames <= high:
             raise InputError(f"frames must be 1, for pictures, or lie in [{low}, {high}], not {self.frames}")
+        columns = self.length + (self.frames - 1) * PATCHES
+        mask = self.batch * columns**2 / 1e9
+        if self.on_films and not _asks_once(method) and mask > LARGEST_MASK:
+            raise InputError(
+                f"the mask of {self.batch} films of {self.frames} frames a step would take {mask:.0f} GB, and at most "
+                f"{LARGEST_MASK} are allowed: give a smaller batch, or fewer frames"
+            )
         if not self.train_decoder and not isinstance(method, TrainedReducer):
             raise InputError(f"{method.paper} has no weights of its own: without the decoder there is nothing to train")
 
@@ -129,6 +143,10 @@ class ReduceRecipe:
 def across_pictures(method: Method) -> bool:
     """Whether the method reads all pictures of a row together, and so can be trained on films."""
     return isinstance(method, TrainedReducer) and method.frames
+
+
+def _asks_once(method: Method) -> bool:
+    return isinstance(method, TrainedReducer) and method.one_question
 
 
 def _is_trained(kind: type[Method]) -> bool:
@@ -231,7 +249,7 @@ class Steps(Dataset[Rows]):
         return self._rows(asked, frames.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1, split, step)
 
     def _rows(self, questions: list[list[Question]], pictures: np.ndarray, split: Split, step: int) -> Rows:
-        if isinstance(self.method, TrainedReducer) and self.method.one_question:
+        if _asks_once(self.method):
             chosen = one_each(questions, random_stream("one question", split, self.recipe.seed, step))
             tensors, questions = asked_alone(self.packer, chosen), [[question] for question in chosen]
         else:
@@ -326,8 +344,10 @@ def train(
             cannot work on it.
     """
     torch.set_num_threads(threads)
-    method = recipe.reducer()
     model, processor = _loaded(recipe, device)
+    method = recipe.reducer()
+    if isinstance(method, TrainedReducer):
+        method = method.settled(Anatomy.of(model))
     module = _held(model, method, recipe.seed)
     claim(recipe, out)
     tokenizer = cast("Any", processor).tokenizer
