@@ -353,6 +353,10 @@ def test_fresh_thresholds_let_most_tokens_pass() -> None:
         (dict(strictness=30), r"strictness of atp_llava must lie in \[-10, 10\], not 30"),
         (dict(rates=(0.1, 0.5)), r"rates of atp_llava must lie in \(0, 1\], the largest first"),
         (dict(rates=(2.0,)), r"rates of atp_llava must lie in \(0, 1\], the largest first"),
+        (dict(rates=0.25), r"rates of atp_llava must lie in \(0, 1\], the largest first, not 0.25"),
+        (dict(rates=("a",)), r"rates of atp_llava must lie in \(0, 1\], the largest first"),
+        (dict(module_layers=2), "module_layers of atp_llava must be different layers in order, not 2"),
+        (dict(module_layers=("a",)), "module_layers of atp_llava must be different layers in order"),
         (dict(module_layers=(3, 3)), "module_layers of atp_llava must be different layers in order"),
     ],
 )

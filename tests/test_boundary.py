@@ -26,6 +26,7 @@ from specimens import (
     specimen,
     tokens,
 )
+from tiny_processor import TinyProcessor, picture
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -35,6 +36,7 @@ from sightline.grounding.attention_steering import AttentionSteering
 from sightline.grounding.contrastive_decoding import ContrastiveDecoding, PictureView
 from sightline.grounding.hidden_steering import HiddenSteering
 from sightline.methods import Method
+from sightline.models.answering import prepare
 
 works = pytest.mark.parametrize(("name", "family"), WORKING)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -255,6 +257,19 @@ def test_a_question_so_long_that_nothing_visual_fits_is_refused() -> None:
         model(**tiny.inputs("llava", model, questions=[question]))
     with sl.attach(model, EveryOther()):
         model(**tiny.inputs("llava", model, questions=[question[:30]]))
+    processor = TinyProcessor("llava", model)
+    with pytest.raises(InputError, match=r"tokens of text, and llava reads 40 at most"):  # also with nothing attached
+        prepare(model, processor, [picture(7)], ["t7 " * room])
+
+
+def test_a_prompt_without_pictures_is_not_taken_for_the_one_before() -> None:
+    model = model_of("llava")
+    with sl.attach(model, EveryOther()) as attachment:
+        model(**tiny.inputs("llava", model))
+        assert attachment.visual_tokens == [8, 8, 8]
+        model(**tiny.inputs("llava", model, images_per_row=0))
+        assert attachment.call is None
+        assert attachment.kept is None
 
 
 @refused_family

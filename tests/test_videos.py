@@ -164,8 +164,8 @@ def test_fewer_frames_than_one_are_refused(film: Path, frames: Any) -> None:
         read_video(film, frames=frames)
 
 
-@pytest.mark.parametrize("fps", [0, -1.0, float("inf"), float("nan")])
-def test_a_bad_rate_is_refused_at_once(film: Path, fps: float) -> None:
+@pytest.mark.parametrize("fps", [0, -1.0, float("inf"), float("nan"), "2", True])
+def test_a_bad_rate_is_refused_at_once(film: Path, fps: Any) -> None:
     with pytest.raises(InputError, match="fps must be a number above 0"):
         stream_video(film, fps=fps)
 
@@ -283,5 +283,7 @@ def test_ask_shows_a_video_or_several_pictures(checkpoint: str, film: Path, tmp_
 
 def test_ask_refuses_what_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, film: Path) -> None:
     assert "does not exist" in refused("ask", str(tmp_path / "none.mp4"), "What?", "--model", "nowhere")
+    none = refused("ask", str(film), "What?", "--frames", "0", "--model", "nowhere")
+    assert "number of frames must be a whole number from 1 on, not 0" in none
     without_av(monkeypatch)
     assert "sightline[video]" in refused("ask", str(film), "What?", "--model", "nowhere")

@@ -421,6 +421,8 @@ def test_bad_files_and_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no file of a compressed picture"):
         CompressedPicture.load(file)
     small = compress(model, processor, picture(7), METHOD)
+    with pytest.raises(InputError, match="cannot write the compressed picture to"):
+        small.save(tmp_path / "no folder" / "small.safetensors")
     deeper = tiny.tiny_model("llava", text_config=dict(num_hidden_layers=4))
     with pytest.raises(InputError, match="compressed by another model: its keys have the shape"):
         answer(small, deeper, TinyProcessor("llava", deeper), "t5")

@@ -176,7 +176,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask about it or them.")],
     model: ModelOption = MODEL,
     methods: MethodsOption = None,
-    frames: Annotated[int, typer.Option(min=1, help="How many frames of a video are shown.")] = 32,
+    frames: Annotated[int, typer.Option(help="How many frames of a video are shown.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     max_seconds: SecondsOption = None,
     dtype: DtypeOption = None,

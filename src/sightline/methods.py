@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, get_args, get_type_hints
 
 from sightline.errors import InputError, unknown
 
@@ -59,6 +59,12 @@ class Method(ABC):
     """The field that says how strongly the method acts, and the values of it that a sweep tries."""
     changes: ClassVar[frozenset[str]] = frozenset()
     """What only one method at a time may change; two methods that share an entry do not compose."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise InputError(f"{field.name} of {self.paper} must be true or false, not {value!r}")
 
     def claims(self) -> frozenset[str]:
         """Of `changes`, those that hold at these settings."""
@@ -193,6 +199,9 @@ def _parse_one(text: str) -> Method:
 
 
 def _parse_value(name: str, key: str, value: str, kind: Any) -> Any:
+    if value.lower() == "none" and type(None) in get_args(kind):
+        return None
+    kind = next((one for one in (int, float) if kind == one | None), kind)
     try:
         if kind is bool:
             return {"true": True, "false": False}[value.lower()]
@@ -200,8 +209,6 @@ def _parse_value(name: str, key: str, value: str, kind: Any) -> Any:
             return kind(value)
         if "tuple" in str(kind):  # layers=1;18;19 (a comma would start the next parameter)
             part_kind = next((one for one in (str, float) if one.__name__ in str(kind)), int)
-            if value == "none" and "None" in str(kind):
-                return None
             return tuple(part_kind(part) for part in value.split(";") if part)
     except (KeyError, ValueError):
         what = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers with ; between")

@@ -78,6 +78,7 @@ class Agla(ContrastiveDecoding):
     queries: Literal["last", "text"] = "last"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "alpha", 0, 100)
         in_range(self, "beta", 0, 1)
         in_range(self, "similarity", 0, 1)

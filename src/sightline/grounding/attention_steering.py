@@ -259,6 +259,7 @@ class GuidedBoost(LogitBoost, ContrastiveDecoding):
     boost_prefill: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "alpha", 0, 10)
         in_range(self, "gamma", 1, 10)
         if self.boost_prefill not in ("auto", "always", "never"):

@@ -73,6 +73,7 @@ class PictureView(ContrastiveDecoding):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self, self.seed)
 
     @abstractmethod

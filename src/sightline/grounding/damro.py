@@ -68,6 +68,7 @@ class Damro(ContrastiveDecoding):
     head_mode: Literal["mean", "flat"] = "mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "alpha", 0, 100)
         in_range(self, "k", 1, 1_000_000, whole=True)
         in_range(self, "beta", 0, 1)

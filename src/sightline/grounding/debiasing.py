@@ -92,6 +92,7 @@ class Debiasing(ContrastiveDecoding):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (("mode", ("sampling", "posthoc")), ("calibration", ("diagonal", "identity"))):
             if getattr(self, name) not in allowed:
                 raise unknown(f"{name} of debiasing", str(getattr(self, name)), allowed)

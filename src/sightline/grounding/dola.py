@@ -72,6 +72,7 @@ class Dola(Method):
     lens_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "strength", 0, 10)
         in_range(self, "relative_top", 0, 1)
         for name, allowed in (("bucket", ("low", "high")), ("divergence", ("js", "reverse"))):

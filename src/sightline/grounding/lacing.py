@@ -97,11 +97,9 @@ class Lacing(ContrastiveDecoding):
     visual_full_available: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "cfg_scale", 1, 100)
         in_range(self, "beta", 0, 1)
-        for name in ("mda", "visual_full_available"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} of lacing must be true or false, not {getattr(self, name)!r}")
         if not (isinstance(self.soft_image, str) and self.soft_image):
             raise InputError(
                 f"soft_image of lacing must be '{AUTO}', '{UNTRAINED}' or the path of a file, not {self.soft_image!r}"

@@ -112,6 +112,7 @@ class Vdgd(Strategy):
     prefix: str = PREFIX
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "top_p", 0, 1)
         in_range(self, "temperature", 0, 100, low_open=True)
         in_range(self, "alpha", 0, 1)

@@ -54,6 +54,7 @@ class VHR(AttentionSteering):
     keep_positions: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "alpha", 0, 10)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))  # a list cannot be hashed

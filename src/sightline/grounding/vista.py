@@ -70,6 +70,7 @@ class Vista(HiddenSteering):
     lens_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "strength", 0, 10)
         in_range(self, "gamma", 0, 1)
         in_range(self, "window", 1, 1000, whole=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from sightline.errors import InputError
+from sightline.models.call import check_room
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,6 +142,9 @@ def prepare(model: Any, processor: Any, pictures: Sequence[Shown | None], questi
     Returns:
         What the processor gives: input_ids [B, S], attention_mask [B, S], pixel_values and what else the family needs;
         no pixel_values where no row has a picture.
+
+    Raises:
+        InputError: for an empty question, or one so long that beside it nothing visual fits.
     """
     shown = [pictures_of(own) for own in pictures]
     prompts = [prompt(processor, question, pictures=len(own)) for own, question in zip(shown, questions, strict=True)]
@@ -155,6 +159,8 @@ def prepare(model: Any, processor: Any, pictures: Sequence[Shown | None], questi
         types = {"return_token_type_ids": True} if "token_type_ids" in names else {}
         parts.append(_encoded(processor, _tokenizer(processor), [prompts[row] for row in blind], **types))
     inputs = parts[0] if len(parts) == 1 else _merged(_tokenizer(processor), parts, (seeing, blind))
+    ids = inputs["input_ids"]
+    check_room(model.config, ids == getattr(model.config, "image_token_id", -1), inputs.get("attention_mask"))
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sightline.errors import InputError
 from sightline.models.attending import Attended, Attending, AttentionSwitch, replace_attention
-from sightline.models.call import Call, Encoded, Stream
+from sightline.models.call import Call, Encoded, Stream, check_room
 from sightline.models.rows import View, gather_mask, stack_masks, stack_views
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ class Boundary:
                     f"{method.paper} keeps answers true to a picture, but no prompt of this batch has one; detach it "
                     "to ask without a picture"
                 )
+        self.last_call = None
         return None
 
     def _go_on(self, cache: Any, read: int, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -230,7 +231,7 @@ class Boundary:
         mask, host_mask = masks or (None, None)
         length = self.prompt_length or ids.shape[1]
         call = Call(self, ids, host_ids, mask, host_mask, self._encoded, prompt_length=length)
-        _check_room(self.anatomy, call.host_visual, host_mask)
+        check_room(self.anatomy.model.config, call.host_visual, host_mask)
         features = call.spread(self._encoded.features) if len(self._encoded.features) else self._encoded.features
         if call.visual_count != len(features):
             raise InputError(
@@ -318,7 +319,8 @@ class Boundary:
             square = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
             # What only some views have is hidden from the others when the masks are stacked.
             anywhere = torch.stack([view.real for view in views]).any(dim=0) if square else views[0].real
-            mask = gather_mask(mask, shortened[0][1], anywhere)
+            window = getattr(self.anatomy.text_config, "sliding_window", None)
+            mask = gather_mask(mask, shortened[0][1], anywhere, window)
             call.keep = keeps[0]
         call.prompt = (views[0], mask)
         for index, stream in enumerate(call.streams, start=1):
@@ -481,16 +483,6 @@ def _checked_mask(mask: Any, cache: Any, *, packed: bool) -> tuple[Tensor, Tenso
             "pad the prompts on the left (tokenizer.padding_side = 'left'): the next token follows the last column"
         )
     return mask, host
-
-
-def _check_room(anatomy: Anatomy, visual: Tensor, mask: Tensor | None) -> None:
-    text = (~visual if mask is None else ~visual & mask.bool()).sum(dim=1)
-    longest, room = int(text[visual.any(dim=1)].max()), getattr(anatomy.text_config, "max_position_embeddings", None)
-    if room is not None and longest >= room:
-        raise InputError(
-            f"a prompt has {longest} tokens of text, and {anatomy.family} reads {room} at most: no visual token fits "
-            "beside them; shorten the question"
-        )
 
 
 def _cut_mask(call: Call, mask: Tensor | None, new: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sightline.errors import InputError
 from sightline.models.rows import View
 
 if TYPE_CHECKING:
@@ -310,3 +311,15 @@ class Call:
             if images:
                 parts += [values[images[0][0] : images[-1][1]]] * self.beams
         return torch.cat(parts)
+
+
+def check_room(config: Any, visual: Tensor, mask: Tensor | None) -> None:
+    """Raises `InputError` where the text of a row that shows a picture fills all that the model of a configuration can
+    read. `visual`, and the mask of what is no padding, are [B, S]."""
+    text = (~visual if mask is None else ~visual & mask.bool()).sum(dim=1)[visual.any(dim=1)]
+    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and len(text) and int(text.max()) >= room:
+        raise InputError(
+            f"a prompt has {int(text.max())} tokens of text, and {config.model_type} reads {room} at most: no visual "
+            "token fits beside them; shorten the question"
+        )

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from numbers import Real
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def stream_video(path: Source, *, fps: float | None = None) -> Iterator[Image.Im
     Raises:
         InputError: as `read_video`, at once or, where the file is damaged further on, when the frame is reached.
     """
-    if fps is not None and not 0 < fps < math.inf:
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < math.inf):
         raise InputError(f"fps must be a number above 0, or None for every frame, not {fps!r}")
     with _opened(path):
         pass  # what is wrong with the file as a whole is said here and not at the first frame

@@ -98,10 +98,12 @@ class ATPLlava(TrainedReducer, LayerReducer):
         in_range(self, "T", 0, 1e6, low_open=True)
         in_range(self, "target", 0, 1, low_open=True)
         in_range(self, "strictness", -10, 10)
-        if not all(0 < rate <= 1 for rate in self.rates) or list(self.rates) != sorted(self.rates, reverse=True):
-            raise InputError(f"rates of {self.paper} must lie in (0, 1], the largest first, not {self.rates!r}")
-        places = self.module_layers
-        if places is not None and list(places) != sorted(set(places)):
+        rates, places = self.rates, self.module_layers
+        numbers = isinstance(rates, tuple) and all(isinstance(rate, (int, float)) for rate in rates)
+        if not numbers or not all(0 < rate <= 1 for rate in rates) or list(rates) != sorted(rates, reverse=True):
+            raise InputError(f"rates of {self.paper} must lie in (0, 1], the largest first, not {rates!r}")
+        numbers = isinstance(places, tuple) and all(isinstance(place, int) for place in places)
+        if places is not None and not (numbers and list(places) == sorted(set(places))):
             raise InputError(f"module_layers of {self.paper} must be different layers in order, not {places!r}")
 
     @property

@@ -50,10 +50,17 @@ class CompressedPicture:
         return int(self.keys.nbytes + self.values.nbytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it into one safetensors file."""
+        """Writes it into one safetensors file.
+
+        Raises:
+            InputError: if there is no such folder, or it cannot be written to.
+        """
         tensors = {"keys": self.keys.cpu().contiguous(), "values": self.values.cpu().contiguous()}
         about = json.dumps({"paper": VoCo.paper, "next_position": self.next_position})
-        save_file(tensors, path, metadata={"compressed_picture": about})
+        try:
+            save_file(tensors, path, metadata={"compressed_picture": about})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write the compressed picture to {os.fspath(path)!r}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressedPicture:

@@ -48,6 +48,7 @@ class FastV(LayerReducer):
     layer: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "keep", 0, 1, low_open=True)
         in_range(self, "layer", 1, 1000, whole=True)
 

@@ -68,6 +68,7 @@ class V2PE(Method):
     draw: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_range(self, "delta", 0, 1, low_open=True)
         in_range(self, "draw", 0, 2**32, whole=True)
 
