@@ -121,6 +121,21 @@ def test_the_frames_are_a_set_to_the_selection() -> None:
 
 
 @torch.no_grad()
+def test_centred_the_selection_sees_what_differs_between_frames_at_full_size() -> None:
+    model = tiny.tiny_model("llava")
+    sharp(model, BVllm(**SMALL))
+    frames = clip_of(model, 6)
+    changes = frames.readings[CLS_VECTOR] - sum(frames.readings[CLS_VECTOR]) / 6
+    vectors = 100 + 0.1 * changes  # what all frames share is a thousand times as large
+    hand_made = changes / changes.square().mean().sqrt() * vectors.square().mean().sqrt()
+    shared = replace(frames, readings={CLS_VECTOR: vectors})
+    got = BVllm(**SMALL, centred=True).tokens(shared)
+    wanted = BVllm(**SMALL).tokens(replace(frames, readings={CLS_VECTOR: hand_made}))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)
+    assert len(BVllm(**SMALL).tokens(shared)) < len(got)  # flat selections become one
+
+
+@torch.no_grad()
 def test_the_question_decides() -> None:
     model = tiny.tiny_model("llava")
     module = sharp(model, BVllm(**SMALL))

@@ -23,6 +23,9 @@ too, so that two answers to one question differ; here it is on in training (`noi
 read by BERT's tokenizer and embeddings; here by the decoder's. There short clips are padded with black frames, which
 can be selected; here they are not padded.
 
+Most of c is the same in all frames of a film, and falls out of the softmax: what is left is small beside the noise, and
+the selection learns slowly if at all. `centred`, not the paper's, shows it c - mean of c over T at the size of c.
+
 The paper's Q-Formers begin with InstructBLIP's weights, which had learned from BLIP-2's, and those to see pictures
 without a text. What begins with no weights takes the same way: trained first with `qformer_text_input=False`, where a
 picture's questions share a row, and then, from those weights, with the question.
@@ -43,7 +46,7 @@ from torch.nn import functional as F
 from sightline.errors import InputError, unknown
 from sightline.methods import in_range, register
 from sightline.models.anatomy import TowerReading
-from sightline.reduction.frame_reducer import FrameReducer, Frames
+from sightline.reduction.frame_reducer import FrameReducer, Frames, centred
 from sightline.reduction.merging import bipartite_soft_matching
 
 if TYPE_CHECKING:
@@ -196,6 +199,7 @@ class BVllm(FrameReducer):
             there is none) or the `mean` of its patches.
         qformer_text_input: whether the Q-Formers read the question, as InstructBLIP's do, or see pictures alone, as
             BLIP-2's do.
+        centred: show the selection what differs between the frames' vectors, enlarged to their size.
     """
 
     paper: ClassVar[str] = "b_vllm"
@@ -214,6 +218,7 @@ class BVllm(FrameReducer):
     heads: int = 4
     frame_vector: FrameVector = "cls"
     qformer_text_input: bool = True
+    centred: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,6 +272,8 @@ class BVllm(FrameReducer):
         if not self.qformer_text_input:
             question = question[:0]
         vectors = frames.readings[CLS_VECTOR].float() if CLS_VECTOR in frames.readings else seen.mean(1)
+        if self.centred:
+            vectors = centred(vectors)
         with torch.autocast(seen.device.type, enabled=False):
             affinity = module.affinity(question, vectors)
             noisy = self.noise == "always" or (self.noise == "training" and module.training)

@@ -108,3 +108,11 @@ class FrameReducer(TrainedReducer):
                 )
             keep[first : first + len(tokens)] = True
         return Reduced(keep, torch.cat([tokens.to(features.dtype) for tokens in outputs]))
+
+
+def centred(vectors: Tensor) -> Tensor:
+    """What differs between the vectors of frames [T, C]: each less their mean, and all enlarged to the root mean square
+    that they had; zeros where frames are equal."""
+    changes = vectors - vectors.mean(0)
+    size, whole = changes.square().mean().sqrt(), vectors.square().mean().sqrt()
+    return changes * (whole / size.clamp(min=1e-4 * whole))  # smaller changes are rounding, which stays small

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sightline.errors import unknown
 from sightline.methods import in_range, register
-from sightline.reduction.frame_reducer import FrameReducer, Frames
+from sightline.reduction.frame_reducer import FrameReducer, Frames, centred
 
 if TYPE_CHECKING:
     from sightline.models.anatomy import Anatomy
@@ -94,7 +94,7 @@ class RedVillm(FrameReducer):
     def tokens(self, frames: Frames) -> Tensor:
         chosen = evenly(len(frames), self.most_frames)
         tower = frames.tower[chosen]
-        spatial, temporal = time_mean(tower)[None], space_mean(tower)[None]
+        spatial, temporal = time_mean(tower)[None], space_mean(tower)
         parts = []
         if self.parts != "temporal":
             parts.append(frames.connected(spatial)[0])
@@ -102,7 +102,7 @@ class RedVillm(FrameReducer):
             f_tmp = frames.connected if self.shared else self.module(frames.anatomy)
             if self.centred:
                 temporal = centred(temporal)
-            parts.append(f_tmp(temporal)[0].to(frames.features.dtype))
+            parts.append(f_tmp(temporal[None])[0].to(frames.features.dtype))
         return torch.cat(parts[::-1] if self.order == "temporal first" else parts)
 
 
@@ -114,13 +114,6 @@ def time_mean(frames: Tensor) -> Tensor:
 def space_mean(frames: Tensor) -> Tensor:
     """[T, n, C] -> [T, C], float32."""
     return frames.float().mean(1)
-
-
-def centred(means: Tensor) -> Tensor:
-    """P [1, T, C] less its mean over the T frames, enlarged to P's root mean square; zeros where frames are equal."""
-    changes = means - means.mean(1, keepdim=True)
-    size, whole = changes.square().mean().sqrt(), means.square().mean().sqrt()
-    return changes * (whole / size.clamp(min=1e-4 * whole))  # smaller changes are rounding, which stays small
 
 
 def evenly(length: int, most: int) -> list[int]:
