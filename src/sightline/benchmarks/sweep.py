@@ -183,8 +183,7 @@ def curves(entries: Sequence[str]) -> tuple[Curve, ...]:
         for place, method in enumerate(chosen):
             for field in dataclasses.fields(method):
                 value = getattr(method, field.name)
-                default = _default(field)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or default is None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
                     continue
                 try:
                     shared = dataclasses.replace(method, **{field.name: field.default})
