@@ -23,8 +23,9 @@ too, so that two answers to one question differ; here it is on in training (`noi
 read by BERT's tokenizer and embeddings; here by the decoder's. There short clips are padded with black frames, which
 can be selected; here they are not padded.
 
-Most of c is the same in all frames of a film, and falls out of the softmax: what is left is small beside the noise, and
-the selection learns slowly if at all. `centred`, not the paper's, shows it c - mean of c over T at the size of c.
+Most of c is the same in all frames of a film, and falls out of the softmax; what is left is small, so that a selection
+that has not learned is flat, and its rows are one mean frame. `centred`, not the paper's, shows it c - mean of c over T
+at the size of c: its rows differ from the start.
 
 The paper's Q-Formers begin with InstructBLIP's weights, which had learned from BLIP-2's, and those to see pictures
 without a text. What begins with no weights takes the same way: trained first with `qformer_text_input=False`, where a
