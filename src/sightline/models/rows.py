@@ -112,12 +112,13 @@ def gather_mask(mask: AttentionMask, columns: Tensor, real: Tensor, window: int 
     if not isinstance(mask, dict) and (mask is None or mask.ndim == 2):
         return real.long()
     left = map_mask(mask, lambda one: None if one is None else hide_keys(gather_square(one, columns), ~real))
-    if isinstance(left, dict) and window is not None and (whole := left.get(FULL)) is not None:
-        sliding = left.get(SLIDING)
-        if sliding is not None:
-            back = torch.arange(columns.shape[1], device=columns.device)
-            back = back[:, None] - back
-            left[SLIDING] = _either(sliding, _closed(whole, (back < 0) | (back >= window)))
+    if not isinstance(left, dict) or window is None:
+        return left
+    whole, sliding = left.get(FULL), left.get(SLIDING)
+    if whole is not None and sliding is not None:
+        places = torch.arange(columns.shape[1], device=columns.device)
+        back = places[:, None] - places
+        left[SLIDING] = _either(sliding, _closed(whole, (back < 0) | (back >= window)))
     return left
 
 

@@ -182,9 +182,8 @@ class QueCC(TrainedReducer):
     def build(self, anatomy: Anatomy) -> QuestionConnector:
         channels, layers = anatomy.connector_width, len(self._layers(anatomy))
         multi = layers * int(anatomy.vision_config.hidden_size) if layers else channels
-        stride = self.settled(anatomy).stride
-        assert stride is not None
-        return QuestionConnector(channels, multi, int(anatomy.text_config.hidden_size), stride, self.num_heads)
+        assert self.stride is not None
+        return QuestionConnector(channels, multi, int(anatomy.text_config.hidden_size), self.stride, self.num_heads)
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy = call.boundary.anatomy

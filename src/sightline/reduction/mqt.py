@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from sightline.models.call import Call, Encoded, Reduced
 
 KEY_MODES = ("position", "content+position")
+MAX_TOKENS = 256
+"""M in the paper."""
 
 
 def position_table(rows: int, columns: int, width: int) -> Tensor:
@@ -139,7 +141,7 @@ class MQT(TrainedReducer):
         super().__post_init__()
         if self.max_tokens is not None:
             in_range(self, "max_tokens", 4, 16_384, whole=True)
-        in_range(self, "tokens", 0, self.max_tokens or 256, whole=True)
+        in_range(self, "tokens", 0, self.max_tokens or MAX_TOKENS, whole=True)
         in_range(self, "num_heads", 1, 1024, whole=True)
         in_range(self, "width", 0, 65_536, whole=True)
         if self.max_tokens is not None and isqrt(self.max_tokens) ** 2 != self.max_tokens:
@@ -158,7 +160,7 @@ class MQT(TrainedReducer):
         if self.max_tokens is not None:
             return self
         rows, columns = anatomy.picture_grid
-        return replace(self, max_tokens=isqrt(min(rows * columns, 256)) ** 2)
+        return replace(self, max_tokens=isqrt(min(rows * columns, MAX_TOKENS)) ** 2)
 
     def per_step(self, rng: random.Random) -> Self:
         assert self.max_tokens is not None
@@ -184,9 +186,8 @@ class MQT(TrainedReducer):
 
     def build(self, anatomy: Anatomy) -> Resampler:
         channels, out_width = anatomy.connector_width, int(anatomy.text_config.hidden_size)
-        max_tokens = self.settled(anatomy).max_tokens
-        assert max_tokens is not None
-        return Resampler(channels, self.width or channels, out_width, max_tokens, self.num_heads, self.key_mode)
+        assert self.max_tokens is not None
+        return Resampler(channels, self.width or channels, out_width, self.max_tokens, self.num_heads, self.key_mode)
 
     def reduced(self, call: Call, encoded: Encoded) -> Reduced:
         anatomy = call.boundary.anatomy

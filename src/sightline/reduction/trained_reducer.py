@@ -102,7 +102,7 @@ class TrainedReducer(Method):
 
     @abstractmethod
     def build(self, anatomy: Anatomy) -> nn.Module:
-        """The module with fresh weights, for this model."""
+        """The module with fresh weights, for this model; asked of what is `settled`."""
 
     def settled(self, anatomy: Anatomy) -> Self:
         """The same with what it leaves to the model filled in."""
@@ -133,14 +133,16 @@ class TrainedReducer(Method):
             InputError: if there is none, or one for other settings or for another model.
         """
         held = _HELD.setdefault(anatomy.model, {})
-        own, loaded = self.settled(anatomy)._key(None), self.settled(anatomy)._key(self.weights)
-        if own in held or loaded in held:
-            return held[own if own in held else loaded][0]
-        module = self.fresh(anatomy)
+        own = self.settled(anatomy)
+        for key in (own._key(None), own._key(self.weights)):
+            if key in held:
+                return held[key][0]
+        stamp = self._stamp(anatomy)  # before the file is read: one that is replaced meanwhile is then read again
+        module = own.fresh(anatomy)
         if self.weights != UNTRAINED:
-            self.settled(anatomy)._load(module, self._file(anatomy))
+            own._load(module, self._file(anatomy))
         module.requires_grad_(False).eval()
-        held[loaded] = module.to(anatomy.model.device), self._stamp(anatomy)
+        held[key] = module.to(anatomy.model.device), stamp
         return module
 
     def _key(self, weights: str | None) -> tuple[Any, ...]:
@@ -150,7 +152,7 @@ class TrainedReducer(Method):
         """`build` with a seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.build(anatomy)
+            return self.settled(anatomy).build(anatomy)
 
     def _stamp(self, anatomy: Anatomy) -> tuple[Any, ...]:
         """What changes when the file of the weights does."""

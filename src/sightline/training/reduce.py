@@ -107,11 +107,11 @@ class ReduceRecipe:
                 raise InputError(f"{name} must be a number from 0 on, not {getattr(self, name)!r}")
         method = self.reducer()
         low, high = FILM_FRAMES
-        if across_pictures(method) and self.frames != 1 and not low <= self.frames <= high:
+        on_films = across_pictures(method) and self.frames != 1
+        if on_films and not low <= self.frames <= high:
             raise InputError(f"frames must be 1, for pictures, or lie in [{low}, {high}], not {self.frames}")
-        columns = self.length + (self.frames - 1) * PATCHES
-        mask = self.batch * columns**2 / 1e9
-        if self.on_films and not _asks_once(method) and mask > LARGEST_MASK:
+        mask = self.batch * film_columns(self.length, self.frames) ** 2 / 1e9
+        if on_films and not _asks_once(method) and mask > LARGEST_MASK:
             raise InputError(
                 f"the mask of {self.batch} films of {self.frames} frames a step would take {mask:.0f} GB, and at most "
                 f"{LARGEST_MASK} are allowed: give a smaller batch, or fewer frames"
@@ -156,11 +156,16 @@ def _is_trained(kind: type[Method]) -> bool:
 # --- Rows ---
 
 
+def film_columns(length: int, frames: int) -> int:
+    """Columns of a row of questions on a film, of which `length` would do for one picture."""
+    return length + (frames - 1) * PATCHES
+
+
 class FilmPacker(Packer):
     """Packs the questions on a film behind its frames, as `Packer` does behind a picture."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, frames: int) -> None:
-        super().__init__(tokenizer, length + (frames - 1) * PATCHES)
+        super().__init__(tokenizer, film_columns(length, frames))
         image = tokenizer.convert_tokens_to_ids("<image>")
         at = self.prefix.index(image)
         self.prefix[at:at] = [image] * PATCHES * (frames - 1)
